@@ -1,0 +1,84 @@
+"""refdist: process groups without global state, over a torch store.
+
+An educational reference implementation of ``vllm.distributed.utils``. Import it in place of that
+module; read it to learn how processes that share nothing but a key-value store agree, wait, fail
+and exchange objects.
+
+Words, each with one meaning throughout the package:
+
+rank
+    The number of a process in a group, 0 to ``world_size - 1``.
+world size
+    How many ranks a group has.
+store
+    The key-value store that the ranks share. Rank 0 hosts it.
+phase
+    One part of a barrier: arrival, confirmation or departure. Each has its own timeout.
+generation
+    The number of a barrier in its group, counted from 0 by every rank for itself.
+outcome
+    The one value that decides a generation for all ranks: complete or broken.
+engine
+    A process of ipyparallel that runs a notebook's cells. Its id is its rank.
+stage
+    One part of a model that is split into a pipeline of layers.
+
+Importing refdist imports torch and the standard library. ``refdist.engines``,
+``refdist.figures`` and ``refdist.benchmarks`` are imported by those who need them.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from refdist.barrier import PhaseEvent
+from refdist.errors import (
+    BarrierError,
+    GroupCreationError,
+    MessageError,
+    MessageExpiredError,
+    MessageTimeoutError,
+    StoreConnectionError,
+)
+from refdist.pipeline import get_pp_indices
+from refdist.polling import USE_SCHED_YIELD, sched_yield
+from refdist.process_groups import (
+    cpu_all_reduce_,
+    init_gloo_process_group,
+    stateless_destroy_torch_distributed_process_group,
+    stateless_init_torch_distributed_process_group,
+)
+from refdist.stateless import StatelessProcessGroup
+from refdist.store import create_tcp_store
+from refdist.tensor_parallel import (
+    divide,
+    ensure_divisibility,
+    is_weak_contiguous,
+    split_tensor_along_last_dim,
+)
+
+try:
+    __version__ = version("refdist")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "USE_SCHED_YIELD",
+    "BarrierError",
+    "GroupCreationError",
+    "MessageError",
+    "MessageExpiredError",
+    "MessageTimeoutError",
+    "PhaseEvent",
+    "StatelessProcessGroup",
+    "StoreConnectionError",
+    "cpu_all_reduce_",
+    "create_tcp_store",
+    "divide",
+    "ensure_divisibility",
+    "get_pp_indices",
+    "init_gloo_process_group",
+    "is_weak_contiguous",
+    "sched_yield",
+    "split_tensor_along_last_dim",
+    "stateless_destroy_torch_distributed_process_group",
+    "stateless_init_torch_distributed_process_group",
+]

@@ -1,0 +1,1 @@
+"""What is timed, apart from how it is drawn."""

@@ -1,0 +1,103 @@
+"""The errors of refdist. Each says which rank, what it waited for, how long, and who is missing.
+
+All are subclasses of RuntimeError, which is what the specification promises. Input that breaks a
+rule of a signature is a ValueError instead, and an address that cannot be used is an OSError.
+
+Every argument but the message has a default, so that an error can be pickled: it is made again from
+its message, and then gets its attributes.
+"""
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, or ``ranks 1, 2 and 3``; ``no rank`` for none."""
+    if not ranks:
+        return "no rank"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    *head, last = ranks
+    return f"ranks {', '.join(map(str, head))} and {last}"
+
+
+@contextmanager
+def letting_go() -> Iterator[None]:
+    """Clear the variables of the functions that an error has left.
+
+    An error keeps them for as long as it is kept itself, and a notebook keeps the last one. A store
+    among them would go on to serve, and hold its port.
+    """
+    try:
+        yield
+    except BaseException as error:
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        raise
+
+
+class StoreConnectionError(RuntimeError):
+    """The store cannot be reached, or no longer: rank 0 hosts it and may have left or died."""
+
+
+class GroupCreationError(RuntimeError):
+    """A group was not formed. ``missing`` holds the ranks that did not come in time."""
+
+    def __init__(self, message: str, missing: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+class BarrierError(RuntimeError):
+    """A barrier did not complete on this rank.
+
+    Attributes:
+        phase: ``"arrival"`` or ``"departure"``, the phase that failed; ``"confirmation"`` if the
+            outcome is not one that refdist writes.
+        missing: the ranks that were waited for in vain.
+        elapsed: seconds that the rank which gave up had waited in that phase.
+        allowed: seconds that it was ready to wait.
+        broken_by: the rank that gave up.
+        generation: the number of the barrier in its group; -1 for closing the group.
+        completed: True when all ranks arrived and only the departure failed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        phase: str = "",
+        missing: Sequence[int] = (),
+        elapsed: float = 0.0,
+        allowed: float = 0.0,
+        broken_by: int = -1,
+        generation: int = -1,
+        completed: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.phase = phase
+        self.missing = tuple(missing)
+        self.elapsed = elapsed
+        self.allowed = allowed
+        self.broken_by = broken_by
+        self.generation = generation
+        self.completed = completed
+
+
+class MessageError(RuntimeError):
+    """A message arrived that cannot be used: not in the format of refdist, or not an object."""
+
+
+class MessageTimeoutError(MessageError):
+    """A message did not come in time. ``missing`` holds the ranks that should have sent it."""
+
+    def __init__(self, message: str, missing: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+class MessageExpiredError(MessageError):
+    """A message was removed before it was read, because its expiration time had passed."""

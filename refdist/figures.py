@@ -1,0 +1,215 @@
+"""Figures of plain data: barrier events, partitions, timings. Each function returns one Figure.
+
+Colours are from Okabe and Ito's palette, which colour-blind readers can tell apart, and every
+distinction is also made by a hatch, a marker or a label.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from refdist.barrier import PhaseEvent
+from refdist.benchmarks.allreduce import AllReduceTiming
+
+_BLUE, _ORANGE, _GREEN, _VERMILION, _SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
+_GREY = "#EEEEEE"
+_PHASES = {
+    "arrival": (_SKY, "///"),
+    "confirmation": (_ORANGE, "..."),
+    "departure": (_GREEN, "xxx"),
+}
+_DPI = 110
+_LABEL = {"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"}
+
+
+def barrier_timeline(events: Iterable[PhaseEvent], title: str = "") -> Figure:
+    """One row a rank, one colour and hatch a phase; seconds since the first rank arrived.
+
+    A phase that is too short to be seen at this scale shows as a line.
+    """
+    all_events = sorted(events, key=lambda event: (event.rank, event.start))
+    if not all_events:
+        raise ValueError("events: is empty; set group.events = [] before the barrier")
+    origin = min(event.start for event in all_events)
+    ranks = sorted({event.rank for event in all_events})
+    fig, ax = plt.subplots(figsize=(9, 1.2 + 0.55 * len(ranks)), layout="constrained", dpi=_DPI)
+    for event in all_events:
+        colour, hatch = _PHASES[event.phase]
+        start = event.start - origin
+        ax.barh(
+            event.rank, event.seconds, left=start, height=0.6, color=colour, hatch=hatch,
+            edgecolor="black", linewidth=0.5,
+        )  # fmt: skip
+        if event.phase == "arrival":
+            ax.plot(start, event.rank, marker=">", color="black", markersize=7, clip_on=False)
+    ax.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
+    ax.invert_yaxis()
+    ax.set_xlabel("seconds since the first rank arrived")
+    ax.set_title(title)
+    ax.grid(axis="x", alpha=0.3)
+    ax.set_axisbelow(True)
+    handles = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="black", label=phase)
+        for phase, (colour, hatch) in _PHASES.items()
+    ]
+    arrow = plt.Line2D([], [], marker=">", color="black", linestyle="", label="enters the barrier")
+    ax.legend(handles=[arrow, *handles], loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _finished(fig)
+
+
+def stages(partitions: Mapping[int, Sequence[int]], title: str = "") -> Figure:
+    """How the layers of a model fall on pipeline stages: one row for each number of stages.
+
+    Args:
+        partitions: for each number of stages, the layers of each stage in order.
+        title: the figure's title.
+    """
+    rows = len(partitions)
+    fig, ax = plt.subplots(figsize=(10, 1.6 + 0.4 * rows), layout="constrained", dpi=_DPI)
+    _draw_stages(ax, partitions, labels=True)
+    ax.set_ylabel("pipeline stages")
+    ax.set_xlabel("layer")
+    fig.suptitle(title)
+    fig.legend(handles=_stage_legend(), loc="outside lower center", ncols=2, frameon=False)
+    return _finished(fig)
+
+
+def stages_of_models(partitions: Mapping[str, Mapping[int, Sequence[int]]]) -> Figure:
+    """The figure ``stages`` for several models, side by side, without the numbers.
+
+    Args:
+        partitions: for each model, what ``stages`` takes.
+    """
+    columns = 3
+    rows = -(-len(partitions) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(11, 0.8 + 3.4 * rows), layout="constrained", dpi=_DPI, squeeze=False
+    )
+    for ax in axes.flat[len(partitions) :]:
+        ax.remove()
+    for ax, (model, by_size) in zip(axes.flat, partitions.items(), strict=False):
+        _draw_stages(ax, by_size, labels=False)
+        ax.tick_params(labelsize=8)
+        ax.set_title(f"{model}: {sum(next(iter(by_size.values())))} layers", fontsize=10)
+    fig.supxlabel("layer")
+    fig.supylabel("pipeline stages")
+    fig.legend(handles=_stage_legend(), loc="outside upper center", ncols=2, frameon=False)
+    return _finished(fig)
+
+
+def _draw_stages(ax: Axes, partitions: Mapping[int, Sequence[int]], labels: bool) -> None:
+    sizes = sorted(partitions)
+    for row, size in enumerate(sizes):
+        start, fewest = 0, min(partitions[size])
+        for layers in partitions[size]:
+            more = layers > fewest
+            ax.barh(
+                row, layers, left=start, height=0.76, color=_ORANGE if more else _SKY,
+                hatch="////" if more else "", edgecolor="black", linewidth=0.5,
+            )  # fmt: skip
+            if labels and layers:
+                ax.text(
+                    start + layers / 2, row, str(layers), ha="center", va="center", fontsize=8,
+                    bbox=_LABEL,
+                )  # fmt: skip
+            start += layers
+    ax.set_yticks(range(len(sizes)), [str(size) for size in sizes])
+    ax.invert_yaxis()
+    ax.set_xlim(0, sum(partitions[sizes[0]]))
+
+
+def _stage_legend() -> list[Patch]:
+    return [
+        Patch(facecolor=_SKY, edgecolor="black", label="fewest layers of the row"),
+        Patch(facecolor=_ORANGE, hatch="////", edgecolor="black", label="more than the fewest"),
+    ]
+
+
+def remainder_map(extra: Sequence[Sequence[int]], title: str = "") -> Figure:
+    """Which stages get one layer more: a row for each remainder, a column for each stage.
+
+    Args:
+        extra: for each remainder 0, 1, ..., the extra layers of each stage (0 or 1).
+        title: the figure's title.
+    """
+    rows, columns = len(extra), len(extra[0])
+    fig, ax = plt.subplots(
+        figsize=(1.8 + 0.5 * columns, 1.6 + 0.34 * rows), layout="constrained", dpi=_DPI
+    )
+    for row, counts in enumerate(extra):
+        for column, count in enumerate(counts):
+            ax.barh(
+                row, 0.92, left=column - 0.46, height=0.86, color=_ORANGE if count else _GREY,
+                hatch="///" if count else "", edgecolor="black" if count else "white",
+                linewidth=0.5,
+            )  # fmt: skip
+            if count:
+                ax.text(
+                    column, row, f"+{count}", ha="center", va="center", fontsize=8,
+                    bbox=_LABEL,
+                )  # fmt: skip
+    ax.set_xticks(range(columns))
+    ax.set_yticks(range(rows))
+    ax.invert_yaxis()
+    ax.set_xlabel("stage")
+    ax.set_ylabel("layers that remain")
+    ax.set_title(title)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    return _finished(fig)
+
+
+def all_reduce_times(timings: Sequence[AllReduceTiming], title: str = "") -> Figure:
+    """Time and bus bandwidth of all-reduce against the message size, each on logarithmic axes."""
+    if not timings:
+        raise ValueError("timings: is empty")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", dpi=_DPI)
+    sizes = [timing.num_bytes for timing in timings]
+    microseconds = [timing.seconds * 1e6 for timing in timings]
+    left.loglog(sizes, microseconds, marker="o", color=_BLUE, label="median")
+    left.fill_between(
+        sizes,
+        [timing.fastest * 1e6 for timing in timings],
+        [timing.slowest * 1e6 for timing in timings],
+        color=_SKY, alpha=0.35, label="fastest to slowest run",
+    )  # fmt: skip
+    left.set_ylabel("time of one all-reduce (µs)")
+    left.legend(loc="upper left")
+    right.loglog(
+        sizes, [timing.bus_bandwidth / 1e9 for timing in timings],
+        marker="s", color=_VERMILION, label="bus bandwidth",
+    )  # fmt: skip
+    right.loglog(
+        sizes, [timing.algorithm_bandwidth / 1e9 for timing in timings],
+        marker="^", linestyle="--", color=_GREEN, label="algorithm bandwidth",
+    )  # fmt: skip
+    right.set_ylabel("bandwidth (GB/s)")
+    right.legend(loc="upper left")
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_name(value)))
+        ax.set_xlabel("message size")
+        ax.grid(alpha=0.3)
+    fig.suptitle(title)
+    return _finished(fig)
+
+
+def size_name(num_bytes: float) -> str:
+    """``1536`` as ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:g} GiB"
+
+
+def _finished(figure: Figure) -> Figure:
+    """Keep pyplot from showing the figure a second time."""
+    plt.close(figure)
+    return figure

@@ -1,0 +1,187 @@
+"""A TCPStore that listens on one address only, IPv4 or IPv6, and whose creation ends in time."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, TCPStore
+
+from refdist import compat
+from refdist.checks import check_integer
+from refdist.errors import StoreConnectionError
+from refdist.waiting import Deadline
+
+DEFAULT_TIMEOUT = timedelta(seconds=300)
+_RETRY_SECONDS = 0.05
+
+
+def create_tcp_store(
+    host: str,
+    port: int,
+    listen_socket: socket.socket | None = None,
+    **kwargs: Any,
+) -> TCPStore:
+    """Create a TCPStore that listens on ``host`` only, or connect to one.
+
+    Blocks until the store answers. Waiting for other ranks is left to the caller, unless
+    ``wait_for_workers=True`` and ``world_size`` are given.
+
+    Args:
+        host: name, IPv4 address or IPv6 address (``"::1"`` or ``"[::1]"``).
+        port: 0 to 65535; 0 takes a free port, where ``is_master`` is True.
+        listen_socket: a bound TCP socket for the server to listen on. The server works on a
+            duplicate of it; the socket stays the caller's.
+        kwargs: arguments of ``torch.distributed.TCPStore``: ``is_master`` (False), ``timeout``
+            (timedelta, 300 s; for the connection, and for each later wait that names none),
+            ``wait_for_workers`` (False), ``world_size``, ``use_libuv`` and others.
+
+    Raises:
+        ValueError: ``host`` or ``port`` is out of its range.
+        OSError: ``host`` does not resolve, or cannot be listened on, or the port is taken.
+        StoreConnectionError: no store answered in time.
+    """
+    if kwargs.get("is_master", False):
+        if listen_socket is not None:
+            return _serve(host, listen_socket, **kwargs)
+        with listen(host, port) as own_socket:
+            return _serve(host, own_socket, **kwargs)
+    return _connect(host, port, **kwargs)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens on ``host`` and ``port``, or on a free port for ``port=0``.
+
+    Raises:
+        ValueError: ``port`` is out of its range, or ``host`` is empty.
+        OSError: ``host`` does not resolve or is not of this machine, or the port is taken.
+    """
+    family, address = _resolve(host, port)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # a port that an ended group used may be taken again at once
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            error.errno,
+            f"cannot listen on host={host!r}, port={port}: {error.strerror}; rank 0 needs an "
+            f"address of its own machine and a free port, or port=0 for any",
+        ) from error
+    return listener
+
+
+def _serve(host: str, listener: socket.socket, **kwargs: Any) -> TCPStore:
+    address, port = listener.getsockname()[:2]
+    if port == 0:
+        raise ValueError("listen_socket: is not bound to a port")
+    listener.listen(1024)
+    arguments: dict[str, Any] = {"timeout": DEFAULT_TIMEOUT, "wait_for_workers": False} | kwargs
+    del arguments["is_master"]
+    # the store closes its descriptor when it ends, so it gets one of its own
+    descriptor = socket.dup(listener.fileno())
+    try:
+        return _construct(
+            lambda: compat.open_server(descriptor, host_name=address, port=port, **arguments),
+            # with wait_for_workers, torch itself says what it waited for
+            arguments["timeout"] + timedelta(seconds=1),
+            f"the store on {host}:{port}",
+        )
+    except (TypeError, NotImplementedError):
+        # refused before the store took it
+        socket.close(descriptor)
+        raise
+
+
+def _connect(host: str, port: int, **kwargs: Any) -> TCPStore:
+    if port == 0:
+        raise ValueError("port=0: only rank 0 can take any free port; tell the others which")
+    arguments: dict[str, Any] = {"timeout": DEFAULT_TIMEOUT, "wait_for_workers": False} | kwargs
+    timeout: timedelta = arguments["timeout"]
+    deadline = Deadline(timeout.total_seconds())
+    address = _reach(host, port, deadline)
+    # torch's own connection attempts cannot be interrupted; now the first one succeeds
+    return _construct(
+        lambda: TCPStore(host_name=address, port=port, **arguments),
+        timedelta(seconds=deadline.remaining()),
+        f"{host}:{port}",
+    )
+
+
+def _reach(host: str, port: int, deadline: Deadline) -> str:
+    """The first numeric address of ``host`` on which something listens."""
+    candidates = _resolve(host, port)
+    reason: OSError | str = "nothing listens"
+    while True:
+        for family, address in candidates:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.settimeout(max(0.001, min(deadline.remaining(), 1.0)))
+                try:
+                    probe.connect(address)
+                    # a port that nobody listens on can, by chance, be connected to itself
+                    if probe.getsockname() != probe.getpeername():
+                        return str(address[0])
+                except OSError as error:
+                    reason = error
+        if deadline.remaining() == 0:
+            raise StoreConnectionError(
+                f"no store answered on {host}:{port} within {round(deadline.allowed, 2):g} s "
+                f"(last: {reason}); is rank 0 running?"
+            )
+        time.sleep(_RETRY_SECONDS)
+
+
+def _construct(create: Callable[[], TCPStore], timeout: timedelta, where: str) -> TCPStore:
+    """Call a constructor that may block for ever on a peer that never answers.
+
+    It runs in a thread of its own: this one can be interrupted, and gives up in time.
+    """
+    result: list[TCPStore] = []
+    failure: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            result.append(create())
+        except BaseException as error:
+            failure.append(error)
+        done.set()
+
+    threading.Thread(target=run, daemon=True, name="refdist-store").start()
+    if not done.wait(timeout.total_seconds()):
+        raise StoreConnectionError(
+            f"{where} accepted a connection, but did not answer as a torch store does within "
+            f"{round(timeout.total_seconds(), 2):g} s"
+        )
+    if failure:
+        if isinstance(failure[0], DistError):
+            raise StoreConnectionError(f"{where}: {failure[0]}") from failure[0]
+        raise failure[0]
+    return result.pop()
+
+
+def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+    """The socket addresses of a host: family and what ``bind`` and ``connect`` take."""
+    if not isinstance(host, str) or not host:
+        raise ValueError(f"host={host!r}: must name one address; '0.0.0.0' means all of IPv4")
+    if not 0 <= check_integer("port", port) <= 65535:
+        raise ValueError(f"port={port}: must be in 0..65535")
+    name = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    try:
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        code = error.errno if isinstance(error, socket.gaierror) else socket.EAI_NONAME
+        raise socket.gaierror(code, f"host={host!r} does not resolve: {error}") from error
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def close_quietly(listener: socket.socket | None) -> None:
+    """Close a socket that may be closed already."""
+    if listener is not None:
+        with suppress(OSError):
+            listener.close()
