@@ -1,0 +1,43 @@
+"""Run every check of the project, each whatever the others say, and print one summary."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PYTHON = [sys.executable, "-m"]
+
+CHECKS = {
+    "lint": [*PYTHON, "ruff", "check", "."],
+    "format": [*PYTHON, "ruff", "format", "--check", "."],
+    "types": [*PYTHON, "mypy"],
+    "tests": [*PYTHON, "pytest", "tests"],
+    "notebooks": [
+        *PYTHON,
+        "pytest",
+        "--nbval",
+        "--timeout=0",  # nbval has a deadline for each cell
+        "notebooks",
+    ],
+}
+
+
+def main() -> int:
+    """Returns 0 if every check passed."""
+    results = []
+    for name, command in CHECKS.items():
+        print(f"== {name}: {' '.join(command[2:])}", flush=True)
+        start = time.monotonic()
+        passed = subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+        results.append((name, passed, time.monotonic() - start))
+    print("== summary")
+    for name, passed, seconds in results:
+        print(f"{name:10} {'passed' if passed else 'FAILED':7} {seconds:6.1f} s")
+    failed = sum(not passed for _, passed, _ in results)
+    print(f"checks: {len(results) - failed} passed, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Running a function on several real processes, which meet on a port that rank 0 has bound."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, TCPStore
+
+from refdist import StatelessProcessGroup, create_tcp_store
+
+LOCAL = "127.0.0.1"
+DEADLINE = 40.0
+_GRACE = 5.0  # what the others have left after one rank has failed
+
+# a process is forked from one that has imported these already: milliseconds, not seconds
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "refdist", "pytest"])
+
+
+class RankFailedError(AssertionError):
+    """A rank raised, died or did not end; the text has the traceback of each."""
+
+
+class Rank:
+    """What a rank function gets: its rank, and a board where ranks tell each other things.
+
+    The board is a store of the test's own. It orders what the ranks do, in place of clocks.
+    """
+
+    def __init__(self, rank: int, world_size: int, board: TCPStore) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.board = board
+        self._counts = 0
+
+    def tell(self, name: str, value: Any = None) -> None:
+        """Put a value on the board."""
+        self.board.set(name, pickle.dumps(value))
+
+    def ask(self, name: str) -> Any:
+        """Take a value from the board; wait until it is there."""
+        return pickle.loads(self.board.get(name))
+
+    def told(self, name: str) -> bool:
+        """Whether a value is on the board."""
+        return self.board.check([name])
+
+    def meet(self, name: str) -> None:
+        """Wait until every rank has called this, without any code of refdist."""
+        self.tell(f"meet/{name}/{self.rank}")
+        for rank in range(self.world_size):
+            self.ask(f"meet/{name}/{rank}")
+
+    def count_keys(self, group: StatelessProcessGroup) -> int:
+        """How many keys the store of a group holds, while no rank uses it."""
+        self._counts += 1
+        self.meet(f"before count {self._counts}")
+        count = group.store.num_keys()
+        self.meet(f"after count {self._counts}")
+        return count
+
+    @contextmanager
+    def place(self, name: str, rank: int | None = None, host: str = LOCAL):
+        """A port, and on rank 0 the bound socket to listen on; None on the others."""
+        if (self.rank if rank is None else rank) != 0:
+            yield self.ask(f"port/{name}"), None
+            return
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host.strip("[]"), 0))
+            listener.listen(64)
+            self.tell(f"port/{name}", listener.getsockname()[1])
+            yield listener.getsockname()[1], listener
+
+    def group(
+        self, name: str = "group", members: Sequence[int] | None = None, **options: Any
+    ) -> StatelessProcessGroup:
+        """A group of all ranks, or of ``members``, in the order in which they are given."""
+        members = range(self.world_size) if members is None else members
+        rank = list(members).index(self.rank)
+        with self.place(name, rank) as (port, listener):
+            return StatelessProcessGroup.create(
+                LOCAL, port, rank, len(members), listen_socket=listener, **options
+            )
+
+    def watched_group(
+        self, group: StatelessProcessGroup, before: Callable[..., None], **options: Any
+    ) -> StatelessProcessGroup:
+        """A second group of the same ranks, whose requests to the store are seen by ``before``."""
+        store = Watched(PrefixStore("watched", group.store), before)
+        return StatelessProcessGroup(group.rank, group.world_size, store, **options)
+
+
+class Watched:
+    """A real store, and a function that is called before each request to it."""
+
+    def __init__(self, store: Any, before: Callable[..., None]) -> None:
+        self._store = store
+        self._before = before
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._store, name)
+        if not callable(attribute):
+            return attribute
+
+        def request(*arguments: Any) -> Any:
+            self._before(name, *arguments)
+            return attribute(*arguments)
+
+        return request
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    killed: Sequence[int] = (),
+    deadline: float = DEADLINE,
+) -> list[Any]:
+    """Call ``function(Rank, *arguments)`` on each of ``world_size`` processes.
+
+    Returns what each returned, in rank order, and None for those in ``killed``, which must die of
+    SIGKILL. Raises RankFailedError if another one does not return within ``deadline`` seconds.
+    """
+    board = create_tcp_store(LOCAL, 0, is_master=True, timeout=timedelta(seconds=deadline))
+    processes, pipes = [], []
+    end = time.monotonic() + deadline
+    try:
+        for rank in range(world_size):
+            here, there = _processes.Pipe(duplex=False)
+            process = _processes.Process(
+                target=_run_rank,
+                args=(there, function, rank, world_size, board.port, deadline, arguments),
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            processes.append(process)
+            pipes.append(here)
+        answers, end = _collect(pipes, end)
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join(_GRACE)
+    results, failures = [], []
+    for rank, process in enumerate(processes):
+        returned, value = answers.get(rank, (False, f"no answer; exit code {process.exitcode}"))
+        if rank in killed and process.exitcode == -signal.SIGKILL and rank not in answers:
+            returned, value = True, None
+        elif rank in killed or (returned and process.exitcode != 0):
+            returned, value = False, f"returned {value!r}, then exit code {process.exitcode}"
+        results.append(value)
+        if not returned:
+            failures.append(f"--- rank {rank} of {world_size} ---\n{value}")
+    if failures:
+        raise RankFailedError("\n".join([function.__name__, *failures]))
+    return results
+
+
+def _collect(pipes: list[Connection], end: float) -> tuple[dict[int, tuple[bool, Any]], float]:
+    """What each rank answered, by rank, and the deadline, which a failure brings closer."""
+    answers = {}
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while open_pipes and time.monotonic() < end:
+        for pipe in wait(list(open_pipes), max(0.0, end - time.monotonic())):
+            rank = open_pipes.pop(pipe)
+            try:
+                answers[rank] = pipe.recv()
+            except EOFError:
+                continue
+            if not answers[rank][0]:
+                end = min(end, time.monotonic() + _GRACE)
+    return answers, end
+
+
+def _run_rank(pipe, function, rank, world_size, port, deadline, arguments) -> None:
+    torch.set_num_threads(1)
+    # a run in the background of a shell starts with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a process of a test that was killed itself ends by itself
+    signal.alarm(int(deadline) + 30)
+    try:
+        board = create_tcp_store(LOCAL, port, timeout=timedelta(seconds=deadline))
+        result = function(Rank(rank, world_size, board), *arguments)
+        answer = pickle.dumps((True, result))
+    except BaseException:
+        answer = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(answer)
+
+
+def run_threads(
+    function: Callable[..., Any], world_size: int, *arguments: Any, deadline: float = DEADLINE
+) -> list[Any]:
+    """Call ``function(rank, *arguments)`` on each of ``world_size`` threads of this process."""
+    results: list[Future[Any]] = [Future() for _ in range(world_size)]
+
+    def run(rank: int) -> None:
+        try:
+            results[rank].set_result(function(rank, *arguments))
+        except BaseException as error:
+            results[rank].set_exception(error)
+
+    for rank in range(world_size):
+        threading.Thread(target=run, args=(rank,), daemon=True).start()
+    end = time.monotonic() + deadline
+    return [result.result(max(0.0, end - time.monotonic())) for result in results]
+
+
+def interrupt(process_id: int) -> float:
+    """Send SIGINT. Returns the time at which it was sent."""
+    os.kill(process_id, signal.SIGINT)
+    return time.monotonic()

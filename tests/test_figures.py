@@ -1,0 +1,82 @@
+"""Figures show the data they are given: read back from the drawn objects."""
+
+import pytest
+
+from refdist.barrier import PhaseEvent
+from refdist.benchmarks.allreduce import AllReduceTiming
+from refdist.figures import (
+    all_reduce_times,
+    barrier_timeline,
+    remainder_map,
+    size_name,
+    stages,
+    stages_of_models,
+)
+
+
+def bars(ax):
+    return [
+        (round(bar.get_y() + bar.get_height() / 2, 6), round(bar.get_x(), 6), bar.get_width())
+        for bar in ax.patches
+    ]
+
+
+def test_timeline_has_a_bar_for_each_phase_at_its_time():
+    events = [
+        PhaseEvent(0, 1, "arrival", 100.0, 100.5),
+        PhaseEvent(0, 1, "departure", 100.5, 100.75),
+        PhaseEvent(1, 1, "arrival", 100.25, 100.5),
+    ]
+    (ax,) = barrier_timeline(reversed(events), "title").axes
+    assert bars(ax) == [(0, 0, 0.5), (0, 0.5, 0.25), (1, 0.25, 0.25)]
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in ax.patches}
+    assert len(looks) == 2  # a colour and a hatch for each phase
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["rank 0", "rank 1"]
+    assert "seconds" in ax.get_xlabel()
+
+
+def test_timeline_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="events: is empty"):
+        barrier_timeline([])
+
+
+def test_stages_have_the_width_of_their_layers():
+    figure = stages({1: [5], 2: [3, 2]}, "title")
+    (ax,) = figure.axes
+    assert bars(ax) == [(0, 0, 5), (1, 0, 3), (1, 3, 2)]
+    assert [text.get_text() for text in ax.texts] == ["5", "3", "2"]
+    assert [bool(bar.get_hatch()) for bar in ax.patches] == [False, True, False]
+
+
+def test_each_model_has_its_panel():
+    figure = stages_of_models({"a": {1: [4], 2: [2, 2]}, "b": {1: [3]}})
+    assert [ax.get_title() for ax in figure.axes] == ["a: 4 layers", "b: 3 layers"]
+    assert [len(ax.patches) for ax in figure.axes] == [3, 1]
+
+
+def test_remainder_map_marks_the_extra_layers():
+    (ax,) = remainder_map([[0, 0, 0], [0, 1, 0], [1, 1, 0]]).axes
+    assert [(text.get_position(), text.get_text()) for text in ax.texts] == [
+        ((1, 1), "+1"),
+        ((0, 2), "+1"),
+        ((1, 2), "+1"),
+    ]
+
+
+def test_all_reduce_is_drawn_in_microseconds_and_gigabytes():
+    timings = [AllReduceTiming(size, 4, 1e-3, 1e-3, 2e-3) for size in (1024, 2**20)]
+    left, right = all_reduce_times(timings).axes
+    assert list(left.lines[0].get_xdata()) == [1024, 2**20]
+    assert list(left.lines[0].get_ydata()) == pytest.approx([1000, 1000])
+    bus = [1.5 * size / 1e-3 / 1e9 for size in (1024, 2**20)]
+    assert list(right.lines[0].get_ydata()) == pytest.approx(bus)
+    with pytest.raises(ValueError, match="timings: is empty"):
+        all_reduce_times([])
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "name"),
+    [(8, "8 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (2**24, "16 MiB"), (2**32, "4 GiB")],
+)
+def test_size_names(num_bytes, name):
+    assert size_name(num_bytes) == name
