@@ -1,43 +1,59 @@
 """A barrier in three phases, over any torch store.
 
 Arrival
-    Each rank writes itself into the roll and adds one to the count of arrivals. Who makes the
-    count whole knows that everyone is here. The others wait for the outcome. After this phase a
-    rank knows that all have arrived, or that somebody has decided, or that its time is up.
+    Each rank signs the roll and adds one to the count of arrivals. After this phase a rank knows
+    that all have arrived, or that someone broke the barrier, or that its own time is up. In the
+    last case it proposes to break the barrier.
 Confirmation
-    One write decides for all. The last arrival proposes "complete"; a rank whose time is up
-    proposes "broken", with the ranks that it missed. ``compare_set`` accepts the first proposal
-    and answers every later one with it. After this phase every rank knows the same outcome, so
-    either all return or all raise, also when the last arrival and a timeout meet. A latecomer
-    finds the barrier broken and raises too, instead of passing alone.
+    One key, the *state*, decides for all, because the store changes it one request at a time. A
+    rank confirms by adding its mark to the state, and the answer tells it the outcome. A rank
+    breaks the barrier by replacing the state, which works only as long as nobody has confirmed.
+    So either the first confirmation comes first, and all return, or the break does, and all raise:
+    also when the last arrival and a timeout meet. A latecomer finds the state broken and raises
+    too, instead of passing alone.
 Departure
-    Each rank but 0 says that it has read the outcome. Rank 0 waits for them and leaves last: it
-    hosts the store, which the others still needed in order to read the outcome, and now it may
-    delete the outcome or end the store.
+    A mark in the state also says that its rank has read the outcome and needs nothing more. The
+    last of them opens a gate for rank 0, which leaves last: it hosts the store, which the others
+    still needed.
 
-Barriers are numbered by *generation*; every rank counts for itself, and a broken barrier counts.
-Each generation has keys of its own, so nothing that happens in one, an interrupt or a death, can
-put a later one out of step. Rank 0 deletes them when everyone has left. Those of a broken barrier
-stay for latecomers, until a complete barrier shows that everyone has come past it.
+Keys are used again. Barrier ``k`` has slot ``k mod 3``, and rank 0 resets the slot of barrier
+``k - 1`` when it has confirmed barrier ``k``. By then everyone has arrived at ``k``, so nobody
+uses the slot of ``k - 1``; and barrier ``k + 2``, which uses it next, cannot be reached by anyone
+before rank 0 arrives at ``k + 1``. Nothing is deleted, and nothing that happens in one barrier, a
+cancelled wait or a death, can put a later one out of step.
+
+A broken barrier ends the *epoch*: the next one uses keys with new names, because latecomers still
+have to find the broken one. Rank 0 deletes the old keys when a barrier completes, as everyone has
+come past them by then.
+
+A rank that has waited for a second falls *asleep*: it says so in the state, and waits at a gate.
+Who confirms first sees the sleepers in the state and opens the gate.
 
 Requests to the store: at most 9 a rank, of constant size, and one more for each second of waiting.
-A rank whose time is up looks up the roll besides, one request for each rank.
+With ``Store.barrier``, and nobody asleep, 3 a rank; 5 for rank 0 and for the last to leave. The
+rank that breaks a barrier looks up the roll besides, one request for each rank.
 """
 
 import json
+import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
-from torch.distributed import DistError, Store
+from torch.distributed import Store
 
 from refdist import keys
-from refdist.errors import BarrierError, name_ranks
-from refdist.waiting import Deadline, decide, peek, wait_for_keys
+from refdist.errors import BarrierError, MessageError, name_ranks
+from refdist.gates import Gates, gates_of
+from refdist.waiting import CancelledWaitError, Deadline, peek, set_several, wait_for_keys
 
-_COMPLETE = b"complete"
+MAX_WORLD_SIZE = 1 << 14
+
+_REASON_SECONDS = 1.0  # how long a rank waits to read why a barrier broke
+_NOT_RECORDED = nullcontext()
+_FRAME = struct.Struct("<QII")  # generation, rank, and the length of what follows
 
 
 @dataclass(frozen=True)
@@ -59,15 +75,50 @@ class PhaseEvent:
         return self.end - self.start
 
 
+_LEFT, _LEFT_SUM, _ASLEEP, _BROKEN = 1, 1 << 16, 1 << 48, -(1 << 63)
+
+
+class _State(NamedTuple):
+    """What the state of a barrier says: one integer, to which the store can add.
+
+    From the lowest bit: 16 bits count the ranks that have left, 32 hold the sum of their numbers,
+    and the rest counts those asleep. Negative means broken.
+    """
+
+    left: int
+    left_sum: int
+    asleep: int
+    broken: bool
+
+    @classmethod
+    def of(cls, value: int) -> Self:
+        """Unpack the integer."""
+        left_sum = (value & (_ASLEEP - 1)) // _LEFT_SUM
+        return cls(value & (_LEFT_SUM - 1), left_sum, value // _ASLEEP, value < 0)
+
+
 class Barrier:
     """The barriers of one group, one after the other, as one of its ranks sees them."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        if world_size > MAX_WORLD_SIZE:
+            raise ValueError(f"world_size={world_size}: must be at most {MAX_WORLD_SIZE}")
         self._store = store
         self._rank = rank
         self._world_size = world_size
+        self._gates: Gates = gates_of(store)
+        self._roll = keys.roll(rank)
         self._generation = 0
-        self._litter: list[str] = []  # keys that rank 0 deletes after the next complete barrier
+        self._epoch = 0
+        self._slots = keys.slots(0)
+        self._in_epoch = 0  # barriers since the epoch began
+        self._used: keys.Slot | None = None  # of the barrier before, in the same epoch
+        self._old_keys: list[str] = []  # that rank 0 deletes after the next complete barrier
+
+    @property
+    def generation(self) -> int:
+        """The number of the next barrier."""
+        return self._generation
 
     def wait(
         self,
@@ -83,100 +134,171 @@ class Barrier:
         Raises:
             BarrierError: on every rank that entered, when a rank did not arrive in time; on rank
                 0 alone, with ``completed=True``, when a rank did not leave in time.
-            KeyboardInterrupt: on the interrupted rank. If the barrier was not complete, it is
-                broken for the others.
+            CancelledWaitError: on the rank whose deadline was cancelled. If the barrier was not
+                complete, it is broken for the others.
+            torch.distributed.DistError: the store is lost, or holds what no rank wrote.
         """
-        deadline = timeout if isinstance(timeout, Deadline) else Deadline(timeout)
+        self._meet(timeout, record, None)
+
+    def gather(
+        self,
+        value: bytes,
+        timeout: float | Deadline,
+        record: Callable[[PhaseEvent], None] | None = None,
+    ) -> list[bytes]:
+        """Pass a barrier, and return the value that each rank brought to it, in rank order.
+
+        All ranks read the values after the last has arrived and before they confirm, so rank 0
+        resets nothing that someone still has to read. Two requests more than ``wait``.
+
+        Raises:
+            MessageError: not every rank brought one value.
+            BarrierError, CancelledWaitError, torch.distributed.DistError: as ``wait``.
+        """
         generation = self._generation
+        found = self._meet(timeout, record, value)
+        return self._unframe(generation, found or b"")
+
+    def _meet(
+        self,
+        timeout: float | Deadline,
+        record: Callable[[PhaseEvent], None] | None,
+        value: bytes | None,
+    ) -> bytes | None:
+        """One barrier. Returns the framed values of all, if this rank brought one."""
+        deadline = timeout if isinstance(timeout, Deadline) else Deadline(timeout)
+        generation, slot = self._generation, self._slots[self._in_epoch % keys.SLOTS]
         self._generation += 1
-        try:
-            with self._phase("arrival", generation, record):
-                i_am_last, in_time = self._arrive(generation, deadline)
-            with self._phase("confirmation", generation, record):
-                proposal = _COMPLETE if i_am_last else None
-                if not in_time:
-                    proposal = self._broken(generation, deadline, "its time was up")
-                outcome = self._agree(generation, proposal)
-        except BaseException as reason:
-            self._abandon(generation, deadline, reason)
-            raise
-        if outcome != _COMPLETE:
-            self._note_litter(generation)
-            self._raise_broken(generation, outcome)
-        if not isinstance(timeout, Deadline):
-            deadline = Deadline(timeout)
+        self._in_epoch += 1
+        cancelled: CancelledWaitError | None = None
+        values: bytes | None = None
+
+        with self._phase("arrival", generation, record):
+            self._store.set(self._roll, str(generation))
+            if value is not None:
+                frame = _FRAME.pack(generation, self._rank, len(value)) + value
+                self._store.append(slot.gathered, frame)  # type: ignore[attr-defined]
+            give_up = None
+            try:
+                if not self._arrive(slot, deadline):
+                    give_up = "its time was up"
+            except CancelledWaitError as error:
+                cancelled, give_up = error, f"of {error}"
+
+        with self._phase("confirmation", generation, record):
+            if give_up is not None:
+                self._break(slot, generation, deadline, give_up)
+            if value is not None:
+                values = peek(self._store, slot.gathered)
+            state = self._confirm(slot, generation)
+
+        if state.broken:
+            reason = keys.reason(self._epoch)
+            self._end_epoch()
+            if cancelled is not None:
+                raise cancelled
+            self._raise_broken(generation, reason)
         with self._phase("departure", generation, record):
-            self._depart(generation, deadline)
+            if not isinstance(timeout, Deadline):
+                deadline.restart()
+            self._depart(slot, state, generation, deadline, cancelled)
+        return values
 
-    def _arrive(self, generation: int, deadline: Deadline) -> tuple[bool, bool]:
-        """Returns whether this rank is the last to arrive, and whether it was decided in time."""
-        self._store.set(keys.roll(self._rank), f"{generation} arrived")
-        if self._store.add(keys.arrived(generation), 1) == self._world_size:
-            return True, True
-        return False, wait_for_keys(self._store, [keys.outcome(generation)], deadline)
+    def _arrive(self, slot: keys.Slot, deadline: Deadline) -> bool:
+        """Returns whether there is an outcome: all have arrived, or someone broke the barrier."""
+        if self._gates.count_in(slot.arrived, self._world_size, deadline):
+            return True
+        state = _State.of(self._store.add(slot.state, _ASLEEP))
+        # whoever confirms after this sees the sleeper, and opens the gate
+        return state.broken or state.left > 0 or self._gates.wait(slot.wake, deadline)
 
-    def _agree(self, generation: int, proposal: bytes | None) -> bytes:
-        """The outcome: this rank's proposal if it is the first, else what was proposed before."""
-        key = keys.outcome(generation)
-        if proposal is not None:
-            return decide(self._store, key, proposal)
-        return peek(self._store, key) or b""
+    def _confirm(self, slot: keys.Slot, generation: int) -> _State:
+        """Add this rank's mark. The state as it is then holds the outcome."""
+        mark = _LEFT + self._rank * _LEFT_SUM
+        state = _State.of(self._store.add(slot.state, mark))
+        if not state.broken and (state.left > self._world_size or state.asleep > self._world_size):
+            raise self._error(
+                f"barrier {generation} has a state that no rank of refdist writes: {state}",
+                phase="confirmation",
+            )
+        if not state.broken and state.left == 1 and state.asleep > 0:
+            self._gates.open(slot.wake)
+        return state
 
-    def _depart(self, generation: int, deadline: Deadline) -> None:
+    def _break(self, slot: keys.Slot, generation: int, deadline: Deadline, reason: str) -> None:
+        """Break the barrier, unless a rank has confirmed it or broken it already."""
+        elapsed = deadline.elapsed()
+        deadline.store_answers()
+        # unlike any other rank's, whatever marks were added to that: each of them counts in LEFT
+        broken = str(_BROKEN + self._rank * _LEFT_SUM).encode()
+        found = peek(self._store, slot.state) or b""
+        while True:
+            state = _State.of(int(found or 0))
+            if state.broken or state.left > 0:
+                return
+            answer = self._store.compare_set(slot.state, found.decode(), broken.decode())
+            if answer == broken:
+                break
+            # someone fell asleep meanwhile, which each rank does once
+            found = answer
+        # this rank alone comes here
+        signed = str(generation).encode()
+        missing = [r for r in range(self._world_size) if peek(self._store, keys.roll(r)) != signed]
+        record = {
+            "by": self._rank,
+            "reason": reason,
+            "missing": missing,
+            "elapsed": elapsed,
+            "allowed": deadline.allowed,
+            "at": time.time(),
+        }
+        self._store.set(keys.reason(self._epoch), json.dumps(record))
+        self._gates.open(slot.wake)
+        self._gates.open(slot.arrived)
+
+    def _depart(
+        self,
+        slot: keys.Slot,
+        state: _State,
+        generation: int,
+        deadline: Deadline,
+        cancelled: CancelledWaitError | None,
+    ) -> None:
+        everyone = state.left == self._world_size
+        used, self._used = self._used, slot
         if self._rank != 0:
-            self._say_left(generation)
-            return
-        self._note_litter(generation)
-        if self._world_size > 1:
-            all_left = [keys.all_left(generation)]
-            if not wait_for_keys(self._store, all_left, deadline):
-                self._check_departures(generation, deadline)
-        # everyone has left this barrier, so nobody needs its keys, nor those of barriers before
-        while self._litter:
-            self._store.delete_key(self._litter[-1])
-            self._litter.pop()
+            if everyone:
+                self._gates.open(slot.left)
+        else:
+            if used is not None:
+                self._gates.close([used.wake, used.left])
+                set_several(self._store, {used.arrived: "0", used.state: "0", used.gathered: ""})
+            if cancelled is None and not everyone and not self._gates.wait(slot.left, deadline):
+                self._check_departures(slot, generation, deadline)
+            while self._old_keys:
+                self._store.delete_key(self._old_keys[-1])
+                self._old_keys.pop()
+        if cancelled is not None:
+            raise cancelled
 
-    def _say_left(self, generation: int) -> None:
-        departures = self._store.add(keys.departed(generation), 1)
-        self._store.set(keys.roll(self._rank), f"{generation} left")
-        if departures == self._world_size - 1:
-            self._store.set(keys.all_left(generation), "")
-
-    def _note_litter(self, generation: int) -> None:
-        """Before rank 0 waits or raises, so that the keys go away later if they do not now."""
+    def _end_epoch(self) -> None:
         if self._rank == 0:
-            self._litter += [keys.outcome(generation), keys.arrived(generation)]
-            if self._world_size > 1:
-                self._litter += [keys.departed(generation), keys.all_left(generation)]
+            self._old_keys += keys.of_epoch(self._epoch)
+        self._epoch += 1
+        self._slots = keys.slots(self._epoch)
+        self._in_epoch = 0
+        self._used = None
 
-    def _abandon(self, generation: int, deadline: Deadline, reason: BaseException) -> None:
-        """This rank leaves by an exception: break the barrier, unless it is complete already."""
-        # a store that is gone tells the other ranks by itself
-        with suppress(DistError):
-            broken = self._broken(generation, deadline, f"of {type(reason).__name__}")
-            completed = self._agree(generation, broken) == _COMPLETE
-            self._note_litter(generation)
-            if completed and self._rank != 0:
-                self._say_left(generation)
-
-    def _broken(self, generation: int, deadline: Deadline, reason: str) -> bytes:
-        """The proposal that breaks a barrier: who, why, when, and who was missing."""
-        arrived = f"{generation} arrived".encode()
-        missing = [r for r in range(self._world_size) if peek(self._store, keys.roll(r)) != arrived]
-        return json.dumps(
-            {
-                "by": self._rank,
-                "reason": reason,
-                "missing": missing,
-                "elapsed": deadline.elapsed(),
-                "allowed": deadline.allowed,
-                "at": time.time(),
-            }
-        ).encode()
-
-    def _raise_broken(self, generation: int, outcome: bytes) -> NoReturn:
+    def _raise_broken(self, generation: int, key: str) -> NoReturn:
+        """Raise what the rank that broke the barrier wrote about it."""
+        if not wait_for_keys(self._store, [key], Deadline(_REASON_SECONDS)):
+            raise self._error(
+                f"barrier {generation} was broken by a rank that died before it said why",
+                phase="arrival",
+            )
+        found = peek(self._store, key) or b""
         try:
-            broken = json.loads(outcome)
+            broken = json.loads(found)
             by, missing, at = int(broken["by"]), list(map(int, broken["missing"])), broken["at"]
             elapsed, allowed = float(broken["elapsed"]), float(broken["allowed"])
             when = time.strftime("%H:%M:%S", time.localtime(at))
@@ -187,26 +309,32 @@ class Barrier:
             )
         except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
             raise self._error(
-                f"barrier {generation} has an outcome that no rank of refdist writes: "
-                f"{outcome[:80]!r}",
-                phase="confirmation",
+                f"barrier {generation} was broken for a reason that no rank of refdist writes: "
+                f"{found[:80]!r}",
+                phase="arrival",
             ) from error
         raise self._error(
             text, phase="arrival", missing=missing, elapsed=elapsed, allowed=allowed, broken_by=by
         )
 
-    def _check_departures(self, generation: int, deadline: Deadline) -> None:
-        """Raise, naming who did not leave; unless all have, and an interrupt kept one quiet."""
-        departures = int(peek(self._store, keys.departed(generation)) or 0)
-        # a rank that has left may have arrived at the next barrier already
-        present = f"{generation} arrived".encode()
-        others = range(1, self._world_size)
-        missing = [r for r in others if peek(self._store, keys.roll(r)) == present]
-        if not missing or departures == self._world_size - 1:
+    def _check_departures(self, slot: keys.Slot, generation: int, deadline: Deadline) -> None:
+        """Raise, naming who did not leave; unless all did, and the last could not say so."""
+        state = _State.of(int(peek(self._store, slot.state) or 0))
+        count = self._world_size - state.left
+        if count == 0:
             return
+        if count == 1:
+            missing = [sum(range(self._world_size)) - state.left_sum]
+        else:
+            # a rank that has arrived at a later barrier has left this one
+            here = str(generation).encode()
+            others = range(1, self._world_size)
+            missing = [r for r in others if peek(self._store, keys.roll(r)) == here]
+        some_of = "" if count >= len(missing) else f"{count} of "
         raise self._error(
             f"barrier {generation} completed, but in departure rank 0 waited in vain for "
-            f"{name_ranks(missing)} to leave: {deadline.elapsed():.2f} of {deadline.allowed:g} s",
+            f"{some_of}{name_ranks(missing)} to leave: "
+            f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
             phase="departure",
             missing=missing,
             elapsed=deadline.elapsed(),
@@ -214,18 +342,42 @@ class Barrier:
             completed=True,
         )
 
+    def _unframe(self, generation: int, found: bytes) -> list[bytes]:
+        values: dict[int, bytes] = {}
+        offset = 0
+        while offset + _FRAME.size <= len(found):
+            number, rank, length = _FRAME.unpack_from(found, offset)
+            offset += _FRAME.size
+            if number != generation or rank in values or rank >= self._world_size:
+                break
+            values[rank] = found[offset : offset + length]
+            offset += length
+        if offset != len(found):
+            raise MessageError(
+                f"gather {generation}: holds {found[-40:]!r}, which no rank of refdist writes"
+            )
+        missing = [rank for rank in range(self._world_size) if rank not in values]
+        if missing:
+            raise MessageError(
+                f"gather {generation}: {name_ranks(missing)} brought nothing; "
+                f"did another rank call barrier meanwhile?"
+            )
+        return [values[rank] for rank in range(self._world_size)]
+
     def _error(self, text: str, **attributes: Any) -> BarrierError:
         known: dict[str, Any] = {"missing": (), "elapsed": 0.0, "allowed": 0.0}
         known |= {"broken_by": self._rank, "generation": self._generation - 1}
         return BarrierError(text, **(known | attributes))
 
-    @contextmanager
     def _phase(
         self, name: str, generation: int, record: Callable[[PhaseEvent], None] | None
+    ) -> AbstractContextManager[None]:
+        return _NOT_RECORDED if record is None else self._recorded(name, generation, record)
+
+    @contextmanager
+    def _recorded(
+        self, name: str, generation: int, record: Callable[[PhaseEvent], None]
     ) -> Iterator[None]:
-        if record is None:
-            yield
-            return
         start = time.monotonic()
         yield
         record(PhaseEvent(self._rank, generation, name, start, time.monotonic()))

@@ -12,19 +12,55 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore
 
+STORE_BARRIER = "Store.barrier: a barrier in one request"
+QUEUES = "Store.queue_push, queue_pop: queues of values"
+
+_switched_off: set[str] = set()
+
 
 def store_features() -> dict[str, bool]:
     """What the store of this torch can do, found by looking, with the versions seen."""
     return {
         # 2.13 and 2.15; not 2.6, 2.11
-        "Store.barrier: a barrier in one request": hasattr(Store, "barrier"),
+        STORE_BARRIER: hasattr(Store, "barrier") and STORE_BARRIER not in _switched_off,
         # 2.11 to 2.15; not 2.6
-        "Store.queue_push, queue_pop: queues of values": hasattr(Store, "queue_push"),
+        QUEUES: hasattr(Store, "queue_push") and QUEUES not in _switched_off,
         # 2.11 to 2.15; not 2.6
         "Store.list_keys: what the store holds": hasattr(Store, "list_keys"),
         # all of 2.6 to 2.15
         "Store.multi_get: several values in one request": hasattr(Store, "multi_get"),
     }
+
+
+@contextmanager
+def switched_off(feature: str) -> Iterator[None]:
+    """Do without a feature of ``store_features`` in groups made meanwhile, as an old torch would.
+
+    All ranks of a group must do without it alike.
+    """
+    _switched_off.add(feature)
+    try:
+        yield
+    finally:
+        _switched_off.discard(feature)
+
+
+def has_store_barrier(store: Store) -> bool:
+    """Whether ``store.barrier`` is one request, on a counter that can be set and used again.
+
+    So it is for a TCPStore. The other stores, PrefixStore among them, build it from several keys
+    that cannot be reset.
+    """
+    return isinstance(store, TCPStore) and store_features()[STORE_BARRIER]
+
+
+def has_queues(store: Store) -> bool:
+    """Whether a store has queues: a TCPStore has, and below prefixes; but not its legacy server."""
+    try:
+        base: Any = tcp_store_of(store)
+        return store_features()[QUEUES] and bool(base.libuvBackend)
+    except ValueError:
+        return False
 
 
 def tcp_store_of(store: Store) -> TCPStore:
@@ -88,11 +124,9 @@ def _log_level() -> ctypes.c_int | None:
 
 _WARNING, _ERROR = 1, 2
 _quiet_lock = threading.Lock()
-_quiet_threads = 0  # how many threads are in quiet() because the level was at warnings
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+class quiet:  # noqa: N801  # used as a function is
     """Keep torch's C++ code from writing warnings to stderr for what is expected here.
 
     A wait that times out warns twice, and a wait in slices times out once a slice. A connection
@@ -100,18 +134,21 @@ def quiet() -> Iterator[None]:
     warnings, is raised, for as long as some thread is in here; a level that the user has chosen
     stays.
     """
-    global _quiet_threads
-    level = _log_level()
-    with _quiet_lock:
-        raised = level is not None and (_quiet_threads > 0 or level.value == _WARNING)
-        if level is not None and raised:
-            _quiet_threads += 1
-            level.value = _ERROR
-    try:
-        yield
-    finally:
+
+    _threads = 0  # that are in here because the level was at warnings
+
+    def __enter__(self) -> None:
+        level = _log_level()
         with _quiet_lock:
-            if level is not None and raised:
-                _quiet_threads -= 1
-                if _quiet_threads == 0:
+            self._raised = level is not None and (quiet._threads > 0 or level.value == _WARNING)
+            if level is not None and self._raised:
+                quiet._threads += 1
+                level.value = _ERROR
+
+    def __exit__(self, *error: object) -> None:
+        level = _log_level()
+        with _quiet_lock:
+            if level is not None and self._raised:
+                quiet._threads -= 1
+                if quiet._threads == 0:
                     level.value = _WARNING

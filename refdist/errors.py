@@ -43,6 +43,10 @@ class StoreConnectionError(RuntimeError):
     """The store cannot be reached, or no longer: rank 0 hosts it and may have left or died."""
 
 
+class ConcurrentCallError(RuntimeError):
+    """A group was used by two threads at once. What the first of them does goes on."""
+
+
 class GroupCreationError(RuntimeError):
     """A group was not formed. ``missing`` holds the ranks that did not come in time."""
 

@@ -26,56 +26,94 @@ def told(rank: int) -> str:
 
 
 def roll(rank: int) -> str:
-    """The last barrier that a rank arrived at or left. Overwritten by the rank at each barrier."""
+    """The last barrier that a rank arrived at. Overwritten by the rank at each barrier."""
     return f"barrier/roll/{rank}"
 
 
-def arrived(generation: int) -> str:
-    """How many have arrived at a barrier. Added to by every rank; deleted by rank 0."""
-    return f"barrier/arrived/{generation}"
+SLOTS = 3
+"""Barriers use this many sets of keys in turn. ``refdist.barrier`` says why three are enough."""
 
 
-def departed(generation: int) -> str:
-    """How many have left a barrier. Added to by all but rank 0; deleted by rank 0."""
-    return f"barrier/departed/{generation}"
+class Slot:
+    """The keys of one barrier. They stay, and are reset by rank 0 before they are used again.
+
+    ``epoch`` counts the barriers that broke. After one of those the keys start afresh under new
+    names, and rank 0 deletes the old ones when a barrier completes.
+
+    Attributes:
+        arrived: how many have arrived. Counted up by every rank.
+        state: who knows the outcome, and whether it is "broken". See ``refdist.barrier``.
+        wake: the gate at which those wait who wait long. Opened by the first to know the outcome.
+        left: the gate at which rank 0 waits for the others to leave. Opened by the last of them.
+        gathered: what all ranks gave to a gather, one after the other. Appended to by every rank.
+    """
+
+    def __init__(self, epoch: int, slot: int) -> None:
+        self.arrived = f"barrier/{epoch}/{slot}/arrived"
+        self.state = f"barrier/{epoch}/{slot}/state"
+        self.wake = f"barrier/{epoch}/{slot}/wake"
+        self.left = f"barrier/{epoch}/{slot}/left"
+        self.gathered = f"barrier/{epoch}/{slot}/gathered"
 
 
-def outcome(generation: int) -> str:
-    """How a barrier ended. Written once, by whoever decides it; deleted by rank 0."""
-    return f"barrier/outcome/{generation}"
+def slots(epoch: int) -> list[Slot]:
+    """The slots of an epoch."""
+    return [Slot(epoch, slot) for slot in range(SLOTS)]
 
 
-def all_left(generation: int) -> str:
-    """Everyone but rank 0 has left a barrier. Written by the last to leave; deleted by rank 0."""
-    return f"barrier/all_left/{generation}"
+def reason(epoch: int) -> str:
+    """Why the barrier that ended this epoch broke. Written by the rank that broke it."""
+    return f"barrier/{epoch}/reason"
+
+
+def of_epoch(epoch: int) -> list[str]:
+    """All keys of an epoch."""
+    in_slots = [[s.arrived, s.state, s.wake, s.left, s.gathered] for s in slots(epoch)]
+    return [reason(epoch), *(key for some in in_slots for key in some)]
 
 
 def message(source: int, destination: int, number: int) -> str:
-    """A message. Written by the source; deleted by the destination.
+    """A message. Put there by the source, taken out by the destination.
 
-    If it expires, the source writes the reason in its place, which stays until it is read.
+    If it expires, the source puts the reason in its place, which stays until it is read.
     """
     return f"message/{source}/{destination}/{number}"
 
 
 def broadcast(source: int, number: int) -> str:
-    """A broadcast. Written by the source; deleted by its last reader.
+    """A broadcast. The chunks of a large one are under this key, for all its readers.
 
-    If it expires, the source writes the reason in its place, which stays until all have read it.
+    Written by the source; deleted by the last reader, or by the source when it expires.
     """
     return f"broadcast/{source}/{number}"
 
 
+def broadcast_copy(source: int, number: int, destination: int) -> str:
+    """What one reader gets of a broadcast. As ``message``."""
+    return f"broadcast/{source}/{number}/{destination}"
+
+
 def broadcast_readers(source: int, number: int) -> str:
-    """How many have read a broadcast. Added to by each reader; deleted by the last, if all read."""
+    """How many have read a large broadcast. Added to by each reader; deleted by the last."""
     return f"broadcast/{source}/{number}/readers"
 
 
-def gathered(number: int, rank: int) -> str:
-    """What a rank gave to a gather. Written by it; deleted by it when a later gather is whole."""
-    return f"gather/{number}/{rank}"
+def gathered_value(rank: int, number: int) -> str:
+    """A large value that a rank gave to a gather. Deleted by it when a later gather completes."""
+    return f"gather/{rank}/{number}"
 
 
 def chunk(key: str, index: int) -> str:
     """A part of a value that is too large for one. Written and deleted with the value."""
     return f"{key}/chunk/{index}"
+
+
+def is_chunk(key: str) -> bool:
+    """Whether a key is that of a chunk."""
+    return "/chunk/" in key
+
+
+def owner(key: str) -> str:
+    """The message or broadcast that a box or a chunk belongs to."""
+    kind, *numbers = key.split("/")
+    return "/".join([kind, *numbers[: 3 if kind == "message" else 2]])

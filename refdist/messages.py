@@ -1,106 +1,255 @@
 """Objects in a torch store: how one is written, read, removed and expired.
 
-A value begins with one byte that says what follows: a pickled object, the number of chunks that
-hold one, or the reason why there is none. Chunks exist because the libuv server of TCPStore closes
-the connection to a client that sends more than 8 MiB at once. The chunks are written before the
-value that counts them, so a reader who finds the value finds them all.
+A value begins with one byte that says what follows: a pickled object, or the lengths of the parts
+of a large one, or the reason why there is none.
+
+The parts of a large object are its pickle and, apart from it, the memory of its tensors, which is
+so never copied into a pickle. They follow each other in chunks, each under a key of its own. A
+reader takes the first chunks while the last are still being written. Chunks are of a size that
+both servers of TCPStore move fast; the libuv server closes the connection to a client that sends
+more than 8 MiB at once.
 """
 
+import copyreg
+import ctypes
 import pickle
+import struct
+from collections import ChainMap
+from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
+import torch
 from torch.distributed import Store
 
 from refdist import keys
-from refdist.errors import MessageError, MessageExpiredError
-from refdist.waiting import peek
+from refdist.errors import MessageError, MessageExpiredError, MessageTimeoutError
+from refdist.waiting import CancelledWaitError, Deadline, peek, wait_for_keys
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 256 * 2**10
+"""The most that is written under one key."""
 
-_OBJECT, _CHUNKS, _EXPIRED, _FAILED = b"\x01", b"\x02", b"\x03", b"\x04"
+MAX_BYTES = 1 << 32
+"""The largest object. More belongs on the data plane, or is not from refdist."""
+
+_APART_BYTES = 64 * 2**10  # memory of this size and more stays out of the pickle
+_OBJECT, _LARGE, _EXPIRED, _FAILED, _CHUNK = b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"
+_LENGTH = struct.Struct("<Q")
 
 
-def encode(obj: Any) -> bytes:
+class Encoded:
+    """An object that is ready to be written.
+
+    Attributes:
+        value: what is written under the message's own key.
+        parts: what is written in chunks; empty for a small object.
+    """
+
+    def __init__(self, parts: list[memoryview], obj: Any) -> None:
+        self._owner = obj  # of the memory of the parts
+        if len(parts) == 1 and parts[0].nbytes < CHUNK_BYTES:
+            self.value = _OBJECT + parts[0]
+            self.parts: list[memoryview] = []
+            return
+        self.value = _LARGE + b"".join(_LENGTH.pack(part.nbytes) for part in parts)
+        self.parts = parts
+
+
+def encode(obj: Any) -> Encoded:
     """Pickle an object.
 
     Raises:
+        ValueError: the object takes more than ``MAX_BYTES``.
         whatever pickle raises for an object that cannot be pickled.
     """
-    return pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+    buffers: list[memoryview] = []
+
+    def keep_in_pickle(buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if view.nbytes < _APART_BYTES:
+            return True
+        buffers.append(view)
+        return False
+
+    stream = BytesIO()
+    pickler = pickle.Pickler(stream, protocol=5, buffer_callback=keep_in_pickle)
+    pickler.dispatch_table = _REDUCERS
+    pickler.dump(obj)
+    parts = [stream.getbuffer(), *buffers]
+    size = sum(part.nbytes for part in parts)
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"object of {size} bytes: a group carries at most {MAX_BYTES}; send larger ones over "
+            f"stateless_init_torch_distributed_process_group"
+        )
+    return Encoded(parts, obj)
 
 
-def keys_to_write(key: str, payload: bytes) -> list[str]:
-    """All keys that ``write`` writes for an encoded object: ``key``, and those of its chunks."""
-    if len(payload) <= CHUNK_BYTES:
-        return [key]
-    return [key, *(keys.chunk(key, i) for i in range(-(-len(payload) // CHUNK_BYTES)))]
+def chunk_keys(key: str, lengths: list[int]) -> list[str]:
+    """The keys of the chunks of a large object with parts of these lengths."""
+    return [keys.chunk(key, index) for index in range(_count_chunks(lengths))]
 
 
-def write(store: Store, key: str, payload: bytes) -> None:
-    """Write an encoded object under ``key``."""
-    _, *chunk_keys = keys_to_write(key, payload)
-    if not chunk_keys:
-        _set(store, key, _OBJECT + payload)
-        return
-    view = memoryview(payload)
-    for index, chunk_key in enumerate(chunk_keys):
-        start = index * CHUNK_BYTES
-        _set(store, chunk_key, bytes(view[start : start + CHUNK_BYTES]))
-    _set(store, key, _CHUNKS + str(len(chunk_keys)).encode())
+def write_chunks(store: Store, key: str, encoded: Encoded, deadline: Deadline) -> None:
+    """Write the chunks of an encoded object under ``key``, if it takes any.
+
+    Raises:
+        CancelledWaitError: the deadline was cancelled. The reader gets a MessageError.
+    """
+    for index, chunk in enumerate(_cut(encoded.parts)):
+        try:
+            deadline.slice()
+        except CancelledWaitError as error:
+            _set(store, keys.chunk(key, index), failure(f"its writer stopped, because of {error}"))
+            raise
+        _set(store, keys.chunk(key, index), chunk)
+        deadline.store_answers()
 
 
-def write_failure(store: Store, key: str, reason: str) -> None:
-    """Write, in place of an object, why there is none."""
-    _set(store, key, _FAILED + reason.encode())
+def failure(reason: str) -> bytes:
+    """A value that says why there is no object, or no chunk."""
+    return _FAILED + reason.encode()
 
 
-def keys_of(key: str, value: bytes) -> list[str]:
-    """All keys that hold the ``value`` of ``key``: itself, and those of its chunks."""
-    kind, payload = value[:1], value[1:]
-    chunks = int(payload) if kind == _CHUNKS and payload.isdigit() else 0
-    return [key, *(keys.chunk(key, index) for index in range(chunks))]
+def is_large(value: bytes) -> bool:
+    """Whether a value is followed by chunks."""
+    return value[:1] == _LARGE
 
 
-def decode(store: Store, key: str, value: bytes) -> Any:
-    """The object that ``value``, read from ``key``, stands for.
+def expired(seconds: float) -> bytes:
+    """A value that says why there is no object any more."""
+    return _EXPIRED + f"expired unread after {seconds:g} s".encode()
+
+
+def write_note(store: Store, key: str, note: bytes) -> None:
+    """Write, in place of a chunk, why there is none."""
+    _set(store, key, note)
+
+
+def lengths_of(value: bytes) -> list[int]:
+    """The lengths of the parts of a large object; none if the value is something else."""
+    if value[:1] != _LARGE:
+        return []
+    payload = value[1:]
+    if not payload or len(payload) % _LENGTH.size:
+        return []
+    lengths = [length for (length,) in _LENGTH.iter_unpack(payload)]
+    return lengths if sum(lengths) <= MAX_BYTES else []
+
+
+def read(store: Store, key: str, value: bytes, deadline: Deadline) -> Any:
+    """The object that ``value`` stands for; the chunks of a large one are under ``key``.
 
     Raises:
         MessageExpiredError: it expired before it was read.
+        MessageTimeoutError: its writer stopped in the middle of it.
         MessageError: the value is no object, or what wrote it had none to give.
     """
-    kind, payload = value[:1], value[1:]
-    if kind == _CHUNKS and payload.isdigit():
-        payload = _join(store, key, keys_of(key, value)[1:])
-    elif kind == _EXPIRED:
-        raise MessageExpiredError(f"{key}: {payload.decode(errors='replace')}")
-    elif kind == _FAILED:
-        raise MessageError(f"{key}: {payload.decode(errors='replace')}")
-    elif kind != _OBJECT:
-        raise MessageError(f"{key}: holds {value[:40]!r}, which no rank of refdist writes")
+    if value[:1] == _OBJECT:
+        return _unpickle(key, memoryview(value)[1:], [])
+    lengths = lengths_of(value)
+    if not lengths:
+        _raise_for(key, value, _OBJECT)
+    payload, *parts = _read_parts(store, key, lengths, deadline)
+    return _unpickle(key, payload, parts)
+
+
+def _unpickle(key: str, payload: memoryview | bytearray, parts: list[bytearray]) -> Any:
     try:
-        return pickle.loads(payload)
+        return pickle.loads(payload, buffers=parts)
     except Exception as error:
         raise MessageError(f"{key}: {len(payload)} bytes do not unpickle: {error!r}") from error
-
-
-def delete(store: Store, all_keys: list[str]) -> None:
-    """Delete a value with its chunks."""
-    for key in all_keys:
-        store.delete_key(key)
-
-
-def expire(store: Store, key: str, reason: str) -> None:
-    """Delete a value, and leave the reason in its place if it was still unread."""
-    if store.delete_key(key) and "/chunk/" not in key:
-        _set(store, key, _EXPIRED + reason.encode())
 
 
 def _set(store: Store, key: str, value: bytes) -> None:
     store.set(key, value)  # type: ignore[arg-type]  # it takes bytes; its annotation says str
 
 
-def _join(store: Store, key: str, chunk_keys: list[str]) -> bytes:
-    chunks = [peek(store, chunk_key) for chunk_key in chunk_keys]
-    if any(chunk is None for chunk in chunks):
-        raise MessageExpiredError(f"{key}: expired while it was read")
-    return b"".join(chunk for chunk in chunks if chunk is not None)
+def _raise_for(key: str, value: bytes, expected: bytes) -> None:
+    """Raise unless the value is of the expected kind."""
+    kind, payload = value[:1], value[1:]
+    if kind == _EXPIRED:
+        raise MessageExpiredError(f"{key}: {payload.decode(errors='replace')}")
+    if kind == _FAILED:
+        raise MessageError(f"{key}: {payload.decode(errors='replace')}")
+    if kind != expected:
+        raise MessageError(f"{key}: holds {value[:40]!r}, which no rank of refdist writes")
+
+
+def _count_chunks(lengths: list[int]) -> int:
+    return -(-sum(lengths) // CHUNK_BYTES)
+
+
+def _cut(parts: list[memoryview]) -> Iterator[bytes]:
+    """Cut what follows each other into chunks of the same size, the last one perhaps shorter."""
+    pieces: list[bytes] = [_CHUNK]
+    room = CHUNK_BYTES
+    for part in parts:
+        offset = 0
+        while offset < part.nbytes:
+            piece = part[offset : offset + room]
+            pieces.append(piece)  # type: ignore[arg-type]  # join takes it
+            offset += piece.nbytes
+            room -= piece.nbytes
+            if room == 0:
+                yield b"".join(pieces)
+                pieces, room = [_CHUNK], CHUNK_BYTES
+    if room < CHUNK_BYTES:
+        yield b"".join(pieces)
+
+
+def _read_parts(store: Store, key: str, lengths: list[int], deadline: Deadline) -> list[bytearray]:
+    parts = [bytearray(length) for length in lengths]
+    views = [memoryview(part) for part in parts if part]
+    left = sum(lengths)
+    for chunk_key in chunk_keys(key, lengths):
+        chunk = _read_chunk(store, chunk_key, deadline)
+        if len(chunk) != min(left, CHUNK_BYTES):
+            raise MessageError(f"{chunk_key}: holds {len(chunk)} bytes, not as many as it should")
+        left -= len(chunk)
+        while chunk:
+            fits = min(len(views[0]), len(chunk))
+            views[0][:fits] = chunk[:fits]
+            views[0], chunk = views[0][fits:], chunk[fits:]
+            if not views[0]:
+                del views[0]
+    return parts
+
+
+def _read_chunk(store: Store, key: str, deadline: Deadline) -> memoryview:
+    value = peek(store, key)
+    if value is None:
+        # it is still being written
+        if not wait_for_keys(store, [key], deadline):
+            raise MessageTimeoutError(f"{key}: its writer stopped before it wrote this")
+        value = peek(store, key) or b""
+    _raise_for(key, value, _CHUNK)
+    deadline.store_answers()
+    return memoryview(value)[1:]
+
+
+def _reduce_storage(storage: Any) -> Any:
+    """Leave the memory of a CPU tensor to the caller, instead of copying it into the pickle.
+
+    A tensor pickles its storage, and adds its dtype, shape and strides.
+    """
+    untyped = storage._untyped_storage
+    # a storage that is elsewhere, or has no memory, pickles itself
+    if untyped.device.type != "cpu" or not untyped.nbytes():
+        return storage.__reduce__()
+    return _storage_from, (pickle.PickleBuffer(_memory_of(untyped)), storage.dtype)
+
+
+_REDUCERS: Any = ChainMap({torch.storage.TypedStorage: _reduce_storage}, copyreg.dispatch_table)
+
+
+def _memory_of(storage: torch.UntypedStorage) -> Any:
+    memory = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
+    memory._storage = storage  # type: ignore[attr-defined]  # keeps it alive
+    return memory
+
+
+def _storage_from(memory: bytearray, dtype: torch.dtype) -> Any:
+    untyped = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    typed: Any = torch.storage.TypedStorage
+    return typed(wrap_storage=untyped, dtype=dtype, _internal=True)

@@ -220,7 +220,7 @@ def stateless_init_torch_distributed_process_group(
         raise ValueError(f"group_name={group_name!r}: is taken by another group of this process")
     seconds = (_BACKENDS[name][1] if timeout is None else timeout).total_seconds()
     with listening(host, port, rank, listen_socket) as listener:
-        store, _ = meet(host, port, rank, world_size, seconds, listener)
+        store, _, _ = meet(host, port, rank, world_size, seconds, listener)
         group_store = PrefixStore("group", store)
         address = _address_towards(store.host, store.port)
         group = _create_group(

@@ -7,13 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
+import torch
 from torch.distributed import DistError, Store, TCPStore
 
 from refdist import keys
 from refdist.barrier import Barrier
+from refdist.calls import Calls
 from refdist.checks import check_rank
-from refdist.compat import quiet
+from refdist.compat import has_store_barrier, quiet
 from refdist.errors import (
     BarrierError,
     GroupCreationError,
@@ -21,7 +24,7 @@ from refdist.errors import (
     letting_go,
     name_ranks,
 )
-from refdist.store import close_quietly, create_tcp_store, listen
+from refdist.store import close_quietly, connect, listen, serve
 from refdist.waiting import Deadline, decide, peek, wait_for_keys
 
 _GONE = b"gone"
@@ -54,11 +57,11 @@ def meet(
     world_size: int,
     timeout: float,
     listener: socket.socket | None,
-) -> tuple[TCPStore, Barrier]:
+) -> tuple[TCPStore, Barrier, Calls]:
     """Open the store on rank 0, connect to it on the others, and wait until all ranks have.
 
     Returns:
-        The store, and the barriers of the group, the first of them passed.
+        The store; the barriers of the group, the first of them passed; and its calls.
 
     Raises:
         ValueError: an argument is out of its range, the rank is taken, or rank 0 was given
@@ -71,23 +74,41 @@ def meet(
     if timeout <= 0:
         raise ValueError(f"timeout={timeout}: must be above 0 seconds")
     deadline = Deadline(timeout)
+    calls = Calls()
+
+    def attempt() -> tuple[TCPStore, Barrier]:
+        return _meet(host, port, rank, world_size, deadline, listener, calls)
+
+    return *calls.run("create", attempt, deadline), calls
+
+
+def _meet(
+    host: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    deadline: Deadline,
+    listener: socket.socket | None,
+    calls: Calls,
+) -> tuple[TCPStore, Barrier]:
+    timeout = timedelta(seconds=deadline.allowed)
     while True:
         # torch warns with a stack trace when it finds a store that is just ending
         with quiet():
-            store = create_tcp_store(
-                host,
-                port,
-                listener,
-                is_master=rank == 0,
-                timeout=timedelta(seconds=max(deadline.remaining(), 0.001)),
-            )
-            store.set_timeout(timedelta(seconds=timeout))
+            if rank == 0:
+                assert listener is not None
+                store = serve(host, listener, timeout, wait_for_workers=False)
+            else:
+                store = connect(host, port, deadline, timeout=timeout, wait_for_workers=False)
+            calls.watch(store)
             try:
-                return store, join(store, rank, world_size, deadline, f"{host}:{store.port}")
+                where = f"{host}:{store.port}"
+                return store, join(store, rank, world_size, deadline, where)
             except (StoreConnectionError, _LeftoverStoreError) as error:
                 if rank == 0 or deadline.remaining() == 0:
                     raise GroupCreationError(f"rank {rank} was not let in: {error}") from error
         del store
+        deadline.slice()
         time.sleep(_RETRY_SECONDS)
 
 
@@ -114,12 +135,12 @@ def join(store: Store, rank: int, world_size: int, deadline: Deadline, where: st
         raise StoreConnectionError(f"the store on {where} ended: {error}") from error
 
 
-def leave(store: Store, rank: int, world_size: int, timeout: float) -> None:
+def leave(store: Store, rank: int, world_size: int, deadline: Deadline) -> None:
     """Say that this rank uses the store no more; rank 0 waits until all others have said so.
 
     Raises:
-        BarrierError: on rank 0, when a rank did not say so within ``timeout`` seconds. With a
-            timeout of 0 it neither waits nor raises.
+        BarrierError: on rank 0, when a rank did not say so in time. Where no time at all is
+            allowed, it neither waits nor raises.
     """
     if rank != 0:
         # where the store is gone already, nobody waits for this
@@ -128,8 +149,11 @@ def leave(store: Store, rank: int, world_size: int, timeout: float) -> None:
             if store.add(keys.gone(), 1) == world_size - 1:
                 store.set(keys.all_gone(), "")
         return
-    deadline = Deadline(timeout)
-    if world_size == 1 or timeout == 0 or wait_for_keys(store, [keys.all_gone()], deadline):
+    if (
+        world_size == 1
+        or deadline.allowed == 0
+        or wait_for_keys(store, [keys.all_gone()], deadline)
+    ):
         return
     missing = [r for r in range(1, world_size) if peek(store, keys.member(r)) != _GONE]
     raise BarrierError(
@@ -147,11 +171,16 @@ def leave(store: Store, rank: int, world_size: int, timeout: float) -> None:
 def _register(store: Store, rank: int, world_size: int, deadline: Deadline, where: str) -> None:
     """Take a rank that nobody else has, in a group of the size that rank 0 knows."""
     process = {"host": socket.gethostname(), "pid": os.getpid()}
-    me = process | {"world_size": world_size, "token": os.urandom(8).hex()}
+    me = process | {
+        "world_size": world_size,
+        "store_barrier": has_store_barrier(store),
+        "torch": str(torch.__version__),
+        "token": os.urandom(8).hex(),
+    }
     proposal = json.dumps(me).encode()
     # a rank with another world size must not take the place of the right one
     if rank != 0:
-        _check_world_size(store, world_size, deadline, where)
+        _check_rank_0(store, me, deadline, where)
     holder = decide(store, keys.member(rank), proposal)
     if holder == _GONE:
         raise _LeftoverStoreError(f"the group on {where} is ending")
@@ -164,15 +193,23 @@ def _register(store: Store, rank: int, world_size: int, deadline: Deadline, wher
         raise ValueError(f"rank={rank}: {taken}; each rank of a group is one process")
 
 
-def _check_world_size(store: Store, world_size: int, deadline: Deadline, where: str) -> None:
+def _check_rank_0(store: Store, me: dict[str, Any], deadline: Deadline, where: str) -> None:
+    """Refuse to join a group whose rank 0 has another one in mind."""
     if not wait_for_keys(store, [keys.member(0)], deadline):
         raise GroupCreationError(
             f"rank 0 did not come to {where} within {deadline.allowed:g} s", missing=[0]
         )
-    expected = json.loads(peek(store, keys.member(0)) or b"{}").get("world_size")
-    if expected != world_size:
+    rank_0 = json.loads(peek(store, keys.member(0)) or b"{}")
+    world_size = me["world_size"]
+    if rank_0.get("world_size") != world_size:
         raise ValueError(
-            f"world_size={world_size}: rank 0 formed the group on {where} with {expected}"
+            f"world_size={world_size}: rank 0 formed the group on {where} with "
+            f"{rank_0.get('world_size')}"
+        )
+    if rank_0.get("store_barrier") != me["store_barrier"]:
+        raise ValueError(
+            f"torch {me['torch']}: rank 0 on {where} has torch {rank_0.get('torch')}, and only "
+            f"one of them has Store.barrier; all ranks must have it, or none"
         )
 
 

@@ -4,39 +4,43 @@ import socket as sockets
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
-from torch.distributed import DistError, ReduceOp, Store
+from torch.distributed import DistError, ReduceOp, Store, TCPStore
 
 from refdist import keys, messages
 from refdist.barrier import Barrier, PhaseEvent
+from refdist.boxes import boxes_of
+from refdist.calls import Calls
 from refdist.checks import check_integer, check_rank, check_seconds
-from refdist.compat import quiet, tcp_store_of
+from refdist.compat import tcp_store_of
 from refdist.errors import (
     BarrierError,
     MessageError,
     MessageTimeoutError,
     StoreConnectionError,
     letting_go,
-    name_ranks,
 )
 from refdist.rendezvous import leave, listening, meet
-from refdist.waiting import Deadline, wait_for_keys
+from refdist.tensors import check_cpu, check_like, fill, own_copy, reduction
+from refdist.waiting import CancelledWaitError, Deadline
+
+T = TypeVar("T")
 
 _GRACE_SECONDS = 1.0
 
-_REDUCTIONS: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    ReduceOp.SUM: torch.add,
-    ReduceOp.PRODUCT: torch.mul,
-    ReduceOp.MIN: torch.minimum,
-    ReduceOp.MAX: torch.maximum,
-}
+
+class _Unusable:
+    """What a rank gave to a gather, where it is no object."""
+
+    def __init__(self, error: MessageError) -> None:
+        self.error = error
 
 
 @dataclass(eq=False)
@@ -49,11 +53,13 @@ class StatelessProcessGroup:
     A group touches nothing global, so a process may be in several groups at once, with a
     different rank in each. Make one with ``create``. All ranks call the collective methods
     (``barrier``, ``broadcast_obj``, ``all_gather_obj`` and those built on them) in the same order.
-    A group is for one thread at a time.
+    A group is for one thread at a time: a second one gets a ConcurrentCallError.
 
-    Every method that waits can be interrupted (SIGINT) within a second, and raises
-    StoreConnectionError when the store is lost. Both, and all timeouts, hold as long as the process
-    of rank 0 answers or is gone; while it is frozen, requests to its store wait for it.
+    Every method that waits can be interrupted (SIGINT), which ends it within two seconds, and the
+    group works afterwards. Every method ends in time. It raises StoreConnectionError when the store
+    is lost, and also when the store does not answer by half a second after the timeout, because
+    the process of rank 0 is stopped or out of reach; what the method began may then take place
+    when rank 0 goes on.
 
     Objects travel as pickles: whoever can write to the store can run code on every rank, so let it
     listen only where you trust the network.
@@ -98,8 +104,11 @@ class StatelessProcessGroup:
             for rank in range(self.world_size):
                 counter.setdefault(rank, 0)
         self._barrier = Barrier(self.store, self.rank, self.world_size)
-        self._gathers = 0
-        self._gathered_keys: list[str] = []  # of earlier gathers, not yet deleted
+        self._calls = Calls(self.store)
+        self._boxes = boxes_of(self.store)
+        self._gathered_keys: list[str] = []  # of large values, to delete after the next gather
+        self._unclaimed: dict[Any, Any] = {}  # received as the receiver was interrupted
+        self._half_read: dict[str, bytes] = {}  # taken out, but interrupted in the chunks
         self._closed = False
         self._release_socket: Callable[[], object] = lambda: (
             None
@@ -146,11 +155,11 @@ class StatelessProcessGroup:
         if seconds <= 0:
             raise ValueError(f"store_timeout={store_timeout}: must be above 0 seconds")
         with listening(host, port, rank, listen_socket) as listener:
-            store, barrier = meet(host, port, rank, world_size, seconds, listener)
+            store, barrier, calls = meet(host, port, rank, world_size, seconds, listener)
             group = StatelessProcessGroup(
                 rank, world_size, store, listener, data_expiration_seconds
             )
-        group._barrier = barrier
+        group._barrier, group._calls = barrier, calls
         if listener is not None and listen_socket is None:
             group._release_socket = weakref.finalize(group, listener.close)
         return group
@@ -158,14 +167,12 @@ class StatelessProcessGroup:
     @property
     def host(self) -> str:
         """The numeric address of the store."""
-        with self._reporting("host"):
-            return tcp_store_of(self.store).host
+        return self._open_store("host").host
 
     @property
     def port(self) -> int:
         """The port of the store."""
-        with self._reporting("port"):
-            return tcp_store_of(self.store).port
+        return self._open_store("port").port
 
     def close(self, timeout: float = 30.0) -> None:
         """Leave the group. Rank 0, whose store the others use, waits until they have left.
@@ -181,12 +188,17 @@ class StatelessProcessGroup:
         """
         if self._closed:
             return
+        deadline = Deadline(timeout)
         try:
-            with letting_go(), self._reporting("close"):
-                leave(self.store, self.rank, self.world_size, timeout)
+            with letting_go():
+                self._run(
+                    "close",
+                    lambda: leave(self.store, self.rank, self.world_size, deadline),
+                    deadline,
+                )
         finally:
             self._closed = True
-            del self.store, self._barrier
+            del self.store, self._barrier, self._boxes
             self._release_socket()
 
     def __enter__(self) -> Self:
@@ -217,25 +229,29 @@ class StatelessProcessGroup:
                 0 alone (``completed=True``) when a rank arrived but did not leave in time.
             ValueError: ``timeout`` is negative or not finite.
         """
-        record = self.events.append if self.events is not None else None
-        with self._reporting("barrier"):
-            self._barrier.wait(timeout, record)
+        self._check_open("barrier")
+        deadline, barrier = Deadline(timeout), self._barrier
+        self._run("barrier", lambda: barrier.wait(deadline, self._record()), deadline)
 
     def send_obj(self, obj: Any, dst: int) -> None:
         """Send an object to rank ``dst``. Does not wait for it to be received.
 
         Raises:
-            ValueError: ``dst`` is outside the group, or this rank.
+            ValueError: ``dst`` is outside the group, or this rank; or the object takes more than
+                4 GiB.
             Exception: whatever pickle raises for an object that cannot be pickled; nothing was
                 sent, and the next message takes its number.
         """
         dst = self._check_peer("dst", dst)
-        payload = messages.encode(obj)
-        with self._reporting("send_obj"):
-            self._expire_data()
+        encoded = messages.encode(obj)
+        deadline = self._deadline("send_obj")
+
+        def send() -> None:
             key = keys.message(self.rank, dst, self.send_dst_counter[dst])
             self.send_dst_counter[dst] += 1
-            self._post(key, payload)
+            self._post(key, [key], encoded, deadline)
+
+        self._run("send_obj", send, deadline)
 
     def recv_obj(self, src: int, timeout: float | None = None) -> Any:
         """Receive the next object from rank ``src``, in the order in which it sent them.
@@ -251,15 +267,22 @@ class StatelessProcessGroup:
             MessageError: what came is no object; the next call goes on.
         """
         src = self._check_peer("src", src)
-        with self._reporting("recv_obj"):
-            key = keys.message(src, self.rank, self.recv_src_counter[src])
-            self._await([key], [src], timeout, f"message {self.recv_src_counter[src]}")
+        deadline = self._deadline("recv_obj", timeout)
+        key = keys.message(src, self.rank, self.recv_src_counter[src])
 
-            def consume(read_keys: list[str]) -> None:
-                self.recv_src_counter[src] += 1
-                messages.delete(self.store, read_keys)
+        def receive() -> Any:
+            value = self._take(key, src, deadline)
+            try:
+                return messages.read(self.store, key, value, deadline)
+            except CancelledWaitError:
+                self._half_read[key] = value
+                raise
+            finally:
+                if key not in self._half_read:
+                    self.recv_src_counter[src] += 1
+                    self._delete(messages.chunk_keys(key, messages.lengths_of(value)))
 
-            return self._take(key, consume)
+        return self._receive("recv_obj", src, receive, deadline)
 
     def broadcast_obj(self, obj: Any | None, src: int, timeout: float | None = None) -> Any:
         """Give the object of rank ``src`` to every rank. What the others pass is ignored.
@@ -275,105 +298,161 @@ class StatelessProcessGroup:
             The object; on rank ``src``, ``obj`` itself.
 
         Raises:
-            ValueError: ``src`` is outside the group.
+            ValueError: ``src`` is outside the group, or the object takes more than 4 GiB.
             MessageTimeoutError, MessageExpiredError, MessageError: as ``recv_obj``.
             Exception: on rank ``src``, whatever pickle raises for an object that cannot be
                 pickled; nothing was sent, and the others go on waiting for the next object.
         """
         src = check_rank(src, self.world_size, "src")
-        with self._reporting("broadcast_obj"):
-            if src != self.rank:
-                return self._receive_broadcast(src, timeout)
-            if self.world_size > 1:
-                payload = messages.encode(obj)
-                self._expire_data()
-                key = keys.broadcast(src, self.broadcast_send_counter)
+        deadline = self._deadline("broadcast_obj", timeout)
+        if src != self.rank:
+            return self._receive_broadcast(src, deadline)
+        if self.world_size > 1:
+            encoded = messages.encode(obj)
+
+            def send() -> None:
+                number = self.broadcast_send_counter
                 self.broadcast_send_counter += 1
-                self._post(key, payload)
+                others = [rank for rank in range(self.world_size) if rank != src]
+                copies = [keys.broadcast_copy(src, number, rank) for rank in others]
+                self._post(keys.broadcast(src, number), copies, encoded, deadline)
+
+            self._run("broadcast_obj", send, deadline)
         return obj
 
-    def _receive_broadcast(self, src: int, timeout: float | None) -> Any:
+    def _receive_broadcast(self, src: int, deadline: Deadline) -> Any:
         number = self.broadcast_recv_src_counter[src]
+        copy = keys.broadcast_copy(src, number, self.rank)
         key = keys.broadcast(src, number)
-        self._await([key], [src], timeout, f"broadcast {number}")
 
-        def consume(read_keys: list[str]) -> None:
-            self.broadcast_recv_src_counter[src] += 1
-            readers = keys.broadcast_readers(src, number)
-            if self.store.add(readers, 1) == self.world_size - 1:
-                messages.delete(self.store, [*read_keys, readers])
+        def receive() -> Any:
+            value = self._take(copy, src, deadline)
+            try:
+                return messages.read(self.store, key, value, deadline)
+            except CancelledWaitError:
+                self._half_read[copy] = value
+                raise
+            finally:
+                if copy not in self._half_read:
+                    self.broadcast_recv_src_counter[src] += 1
+                    chunk_keys = messages.chunk_keys(key, messages.lengths_of(value))
+                    readers = keys.broadcast_readers(src, number)
+                    if chunk_keys and self.store.add(readers, 1) == self.world_size - 1:
+                        self._delete([*chunk_keys, readers])
 
-        return self._take(key, consume)
+        return self._receive("broadcast_obj", ("broadcast", src), receive, deadline)
 
     def all_gather_obj(self, obj: Any, timeout: float | None = None) -> list[Any]:
-        """Give the object of each rank to every rank.
+        """Give the object of each rank to every rank. It is a barrier that carries objects.
 
-        A gather that failed on a rank is over for that rank, though not for one that comes late
-        and finds all objects there. The next one works once every rank has made as many calls.
+        As in a barrier, either every rank gets the objects or none does, a rank that comes late
+        raises at once, and the next gather works. Rank 0 returns last.
 
         Args:
             obj: this rank's object.
-            timeout: seconds to wait for the others; None for the store's own timeout.
+            timeout: seconds for each phase; None for the store's own timeout.
 
         Returns:
             The objects in rank order; at this rank's place, ``obj`` itself.
 
         Raises:
-            MessageTimeoutError: a rank gave nothing in time; ``missing`` names it.
+            MessageTimeoutError: a rank did not come in time, or did not leave; ``missing`` names
+                it, and the BarrierError that is its cause tells more.
             MessageError: the object of a rank could not be pickled, or is no object.
-            Exception: whatever pickle raises if ``obj`` cannot be pickled. The others get a
-                MessageError, and the next gather works.
+            ValueError: the object takes more than 4 GiB.
+            Exception: whatever pickle raises if ``obj`` cannot be pickled, once the others have
+                come. They get a MessageError.
         """
-        number = self._gathers
-        self._gathers += 1
-        own_key = keys.gathered(number, self.rank)
-        own_keys = [own_key]
-        all_keys = [keys.gathered(number, rank) for rank in range(self.world_size)]
-        with self._reporting("all_gather_obj"):
-            try:
-                payload = messages.encode(obj)
-                own_keys = messages.keys_to_write(own_key, payload)
-                messages.write(self.store, own_key, payload)
-            except BaseException as error:
-                self._write_failure(own_key, f"had no object to give: {error!r}")
-                raise
-            finally:
-                earlier, self._gathered_keys = self._gathered_keys, self._gathered_keys + own_keys
-            self._await(all_keys, range(self.world_size), timeout, f"gather {number}")
-            # everyone is in this gather, so nobody reads what was gathered before it
-            messages.delete(self.store, earlier)
-            self._gathered_keys = own_keys
-            values = self.store.multi_get(all_keys)
-            return [
-                obj if rank == self.rank else messages.decode(self.store, key, value)
-                for rank, (key, value) in enumerate(zip(all_keys, values, strict=True))
-            ]
+        deadline = self._deadline("all_gather_obj", timeout)
+        encoded: messages.Encoded | None = None
+        failure: Exception | None = None
+        try:
+            encoded = messages.encode(obj)
+        except Exception as error:
+            failure = error
 
-    def _post(self, key: str, payload: bytes) -> None:
-        """Write a message. Should that be interrupted, its reader learns so and does not wait."""
+        def gather() -> list[Any]:
+            number = self._barrier.generation
+            all_keys = [keys.gathered_value(rank, number) for rank in range(self.world_size)]
+            if encoded is None:
+                value = messages.failure(f"rank {self.rank} had no object to give: {failure!r}")
+            else:
+                value = encoded.value
+                own_key = all_keys[self.rank]
+                self._gathered_keys += messages.chunk_keys(own_key, messages.lengths_of(value))
+                messages.write_chunks(self.store, own_key, encoded, deadline)
+            values = self._barrier.gather(value, deadline, self._record())
+            found: list[Any] = []
+            for rank, (key, value) in enumerate(zip(all_keys, values, strict=True)):
+                try:
+                    own = rank == self.rank
+                    found.append(obj if own else messages.read(self.store, key, value, deadline))
+                except MessageError as error:
+                    found.append(_Unusable(error))
+            if any(map(messages.lengths_of, values)):
+                # the chunks must stay, and the store too, until everyone has read them
+                deadline.restart()
+                self._barrier.wait(deadline, self._record())
+            self._delete(self._gathered_keys)
+            self._gathered_keys.clear()
+            return found
+
+        try:
+            found = self._run("all_gather_obj", gather, deadline)
+        except BarrierError as error:
+            text = f"all_gather_obj on rank {self.rank}: {error}"
+            raise MessageTimeoutError(text, error.missing) from error
+        if failure is not None:
+            raise failure
+        for other in found:
+            if isinstance(other, _Unusable):
+                raise other.error
+        return found
+
+    def _post(
+        self, key: str, boxes: list[str], encoded: messages.Encoded, deadline: Deadline
+    ) -> None:
+        """Put an object into boxes, and its chunks, if it takes any, under ``key``."""
+        self._expire_data()
+        value = encoded.value
         now = time.monotonic()
-        self.entries.extend((written, now) for written in messages.keys_to_write(key, payload))
-        try:
-            messages.write(self.store, key, payload)
-        except BaseException as error:
-            self._write_failure(key, f"did not finish writing it: {error!r}")
-            raise
+        # an object that is given up in the middle expires all the same
+        self.entries.extend((box, now) for box in boxes)
+        self.entries.extend(
+            (chunk, now) for chunk in messages.chunk_keys(key, messages.lengths_of(value))
+        )
+        for box in boxes:
+            self._boxes.put(box, value)
+        messages.write_chunks(self.store, key, encoded, deadline)
 
-    def _write_failure(self, key: str, reason: str) -> None:
-        # where the store is gone, the reader learns it from that
-        with suppress(DistError):
-            messages.write_failure(self.store, key, f"rank {self.rank} {reason}")
+    def _take(self, box: str, src: int, deadline: Deadline) -> bytes:
+        """What the next message of ``src`` begins with."""
+        if box in self._half_read:
+            return self._half_read.pop(box)
+        value = self._boxes.take(box, deadline)
+        if value is None:
+            raise MessageTimeoutError(
+                f"{box}: rank {self.rank} waited in vain for this from rank {src}: "
+                f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
+                [src],
+            )
+        return value
 
-    def _take(self, key: str, consume: Callable[[list[str]], None]) -> Any:
-        """Read an object, then consume its keys. If reading is interrupted, nothing is lost."""
-        value = self.store.get(key)
-        try:
-            obj = messages.decode(self.store, key, value)
-        except MessageError:
-            consume(messages.keys_of(key, value))
-            raise
-        consume(messages.keys_of(key, value))
-        return obj
+    def _receive(
+        self, operation: str, mailbox: Any, receive: Callable[[], Any], deadline: Deadline
+    ) -> Any:
+        """Run ``receive``. What comes just as this is interrupted is for the next call."""
+        if mailbox in self._unclaimed:
+            return self._unclaimed.pop(mailbox)
+
+        def keep(obj: Any) -> None:
+            self._unclaimed[mailbox] = obj
+
+        return self._run(operation, receive, deadline, keep)
+
+    def _delete(self, some_keys: Sequence[str]) -> None:
+        for key in some_keys:
+            self.store.delete_key(key)
 
     def expire_data(self) -> None:
         """Remove what this rank sent more than ``data_expiration_seconds`` ago and nobody read.
@@ -381,18 +460,25 @@ class StatelessProcessGroup:
         Who asks for it later gets a MessageExpiredError. Called by ``send_obj`` and
         ``broadcast_obj``. Time is monotonic: changing the clock on the wall expires nothing.
         """
-        with self._reporting("expire_data"):
-            self._expire_data()
+        self._run("expire_data", self._expire_data, self._deadline("expire_data"))
 
     def _expire_data(self) -> None:
-        reason = f"expired unread after {self.data_expiration_seconds} s"
         oldest_kept = time.monotonic() - self.data_expiration_seconds
+        note = messages.expired(self.data_expiration_seconds)
+        unread = set()
         while self.entries and self.entries[0][1] < oldest_kept:
-            messages.expire(self.store, self.entries.popleft()[0], reason)
+            key, _ = self.entries.popleft()
+            if not keys.is_chunk(key):
+                if self._boxes.withdraw(key):
+                    unread.add(keys.owner(key))
+                    self._boxes.put(key, note)
+            elif self.store.delete_key(key) and keys.owner(key) not in unread:
+                # who has begun to read it must not wait for the rest
+                messages.write_note(self.store, key, note)
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Send a small CPU tensor, of any shape and dtype, to rank ``dst``. See ``send_obj``."""
-        self.send_obj(_own_copy(tensor), dst)
+        self.send_obj(own_copy(tensor), dst)
 
     def recv(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Receive a tensor from rank ``src`` into ``tensor``, and return that. See ``recv_obj``.
@@ -401,8 +487,8 @@ class StatelessProcessGroup:
             ValueError: ``tensor`` is not on the CPU.
             MessageError: what came has another shape or dtype than ``tensor``.
         """
-        _check_cpu(tensor)
-        return _fill(tensor, self.recv_obj(src), f"from rank {src}")
+        check_cpu(tensor)
+        return fill(tensor, self.recv_obj(src), f"from rank {src}")
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Give the tensor of rank ``src`` to every rank. See ``broadcast_obj``.
@@ -411,10 +497,10 @@ class StatelessProcessGroup:
         others than ``src``, and is returned.
         """
         if self.rank == src:
-            self.broadcast_obj(_own_copy(tensor), src)
+            self.broadcast_obj(own_copy(tensor), src)
             return tensor
-        _check_cpu(tensor)
-        return _fill(tensor, self.broadcast_obj(None, src), f"from rank {src}")
+        check_cpu(tensor)
+        return fill(tensor, self.broadcast_obj(None, src), f"from rank {src}")
 
     def all_reduce(self, tensor: torch.Tensor, op: Any = ReduceOp.SUM) -> torch.Tensor:
         """A new tensor: the tensors of all ranks reduced in rank order, bitwise the same for all.
@@ -427,35 +513,13 @@ class StatelessProcessGroup:
             ValueError: ``op`` is another one, or ``tensor`` is not on the CPU.
             MessageError: the tensors differ in shape or dtype.
         """
-        reduction = next((f for known, f in _REDUCTIONS.items() if op == known), None)
-        if reduction is None:
-            raise ValueError(f"op={op}: must be ReduceOp.SUM, PRODUCT, MIN or MAX")
-        own = _own_copy(tensor)
+        combine = reduction(op)
+        own = own_copy(tensor)
         gathered = self.all_gather_obj(own)
         for rank, other in enumerate(gathered):
-            _check_like(own, other, f"from rank {rank}")
-        result: torch.Tensor = reduce(reduction, gathered)
+            check_like(own, other, f"from rank {rank}")
+        result: torch.Tensor = reduce(combine, gathered)
         return result
-
-    def _await(self, all_keys: list[str], senders: Any, timeout: float | None, what: str) -> None:
-        """Wait for keys, each written by the sender at its place."""
-        if timeout is None:
-            timeout = self.store.timeout.total_seconds()  # type: ignore[attr-defined]
-        deadline = Deadline(timeout)
-        if wait_for_keys(self.store, all_keys, deadline):
-            return
-        missing = [
-            sender
-            for sender, key in zip(senders, all_keys, strict=True)
-            if not self.store.check([key])
-        ]
-        if not missing:
-            return
-        raise MessageTimeoutError(
-            f"rank {self.rank} waited in vain for {what} from {name_ranks(missing)}: "
-            f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
-            missing,
-        )
 
     def _check_peer(self, name: str, rank: int) -> int:
         rank = check_rank(rank, self.world_size, name)
@@ -463,51 +527,42 @@ class StatelessProcessGroup:
             raise ValueError(f"{name}={rank}: is this rank itself; it must be another one")
         return rank
 
-    @contextmanager
-    def _reporting(self, operation: str) -> Iterator[None]:
-        """Say which operation of which rank lost the store, in place of torch's stack traces."""
+    def _open_store(self, operation: str) -> TCPStore:
+        self._check_open(operation)
+        return tcp_store_of(self.store)
+
+    def _check_open(self, operation: str) -> None:
         if self._closed:
             raise ValueError(f"{operation}: this group is closed")
+
+    def _deadline(self, operation: str, timeout: float | None = None) -> Deadline:
+        """A deadline; for None, that of the store."""
+        self._check_open(operation)
+        if timeout is None:
+            timeout = self.store.timeout.total_seconds()  # type: ignore[attr-defined]
+        return Deadline(timeout)
+
+    def _record(self) -> Callable[[PhaseEvent], None] | None:
+        return None if self.events is None else self.events.append
+
+    def _run(
+        self,
+        operation: str,
+        function: Callable[[], T],
+        deadline: Deadline,
+        unclaimed: Callable[[T], object] | None = None,
+    ) -> T:
+        """Run ``function`` in the worker, and report which operation of which rank failed."""
+        self._check_open(operation)
         try:
-            with quiet():
-                yield
+            return self._calls.run(operation, function, deadline, unclaimed)
         except DistError as error:
             raise StoreConnectionError(
-                f"{operation}: rank {self.rank} lost the store that rank 0 hosts: {error}"
+                f"{operation}: rank {self.rank} lost the store that rank 0 hosts, or found there "
+                f"what no rank of refdist writes: {error}"
             ) from error
 
 
 def _check_expiration(seconds: int) -> None:
     if check_seconds("data_expiration_seconds", seconds) <= 0:
         raise ValueError(f"data_expiration_seconds={seconds}: must be above 0")
-
-
-def _check_cpu(tensor: torch.Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(
-            f"tensor on {tensor.device}: this group carries CPU tensors; for the others use "
-            f"stateless_init_torch_distributed_process_group"
-        )
-
-
-def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy: a pickled view would carry the whole storage that it looks into."""
-    _check_cpu(tensor)
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _check_like(expected: torch.Tensor, received: Any, whence: str) -> None:
-    if not isinstance(received, torch.Tensor):
-        raise MessageError(f"{whence} came a {type(received).__name__}, not a tensor")
-    if (received.shape, received.dtype) != (expected.shape, expected.dtype):
-        raise MessageError(
-            f"{whence} came a tensor of shape {tuple(received.shape)} and {received.dtype}, "
-            f"but here it has shape {tuple(expected.shape)} and {expected.dtype}"
-        )
-
-
-def _fill(tensor: torch.Tensor, received: Any, whence: str) -> torch.Tensor:
-    _check_like(tensor, received, whence)
-    with torch.no_grad():
-        tensor.copy_(received)
-    return tensor

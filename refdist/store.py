@@ -44,12 +44,14 @@ def create_tcp_store(
         OSError: ``host`` does not resolve, or cannot be listened on, or the port is taken.
         StoreConnectionError: no store answered in time.
     """
-    if kwargs.get("is_master", False):
-        if listen_socket is not None:
-            return _serve(host, listen_socket, **kwargs)
-        with listen(host, port) as own_socket:
-            return _serve(host, own_socket, **kwargs)
-    return _connect(host, port, **kwargs)
+    timeout: timedelta = kwargs.setdefault("timeout", DEFAULT_TIMEOUT)
+    kwargs.setdefault("wait_for_workers", False)
+    if not kwargs.pop("is_master", False):
+        return connect(host, port, Deadline(timeout.total_seconds()), **kwargs)
+    if listen_socket is not None:
+        return serve(host, listen_socket, **kwargs)
+    with listen(host, port) as own_socket:
+        return serve(host, own_socket, **kwargs)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -76,20 +78,21 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _serve(host: str, listener: socket.socket, **kwargs: Any) -> TCPStore:
+def serve(host: str, listener: socket.socket, timeout: timedelta, **kwargs: Any) -> TCPStore:
+    """A TCPStore that listens on a duplicate of a bound socket. See ``create_tcp_store``."""
     address, port = listener.getsockname()[:2]
     if port == 0:
         raise ValueError("listen_socket: is not bound to a port")
     listener.listen(1024)
-    arguments: dict[str, Any] = {"timeout": DEFAULT_TIMEOUT, "wait_for_workers": False} | kwargs
-    del arguments["is_master"]
     # the store closes its descriptor when it ends, so it gets one of its own
     descriptor = socket.dup(listener.fileno())
     try:
         return _construct(
-            lambda: compat.open_server(descriptor, host_name=address, port=port, **arguments),
+            lambda: compat.open_server(
+                descriptor, host_name=address, port=port, timeout=timeout, **kwargs
+            ),
             # with wait_for_workers, torch itself says what it waited for
-            arguments["timeout"] + timedelta(seconds=1),
+            Deadline(timeout.total_seconds() + 1),
             f"the store on {host}:{port}",
         )
     except (TypeError, NotImplementedError):
@@ -98,18 +101,18 @@ def _serve(host: str, listener: socket.socket, **kwargs: Any) -> TCPStore:
         raise
 
 
-def _connect(host: str, port: int, **kwargs: Any) -> TCPStore:
+def connect(host: str, port: int, deadline: Deadline, **kwargs: Any) -> TCPStore:
+    """A TCPStore that uses the one on ``host`` and ``port``. See ``create_tcp_store``.
+
+    Raises:
+        CancelledWaitError: the deadline was cancelled.
+    """
     if port == 0:
         raise ValueError("port=0: only rank 0 can take any free port; tell the others which")
-    arguments: dict[str, Any] = {"timeout": DEFAULT_TIMEOUT, "wait_for_workers": False} | kwargs
-    timeout: timedelta = arguments["timeout"]
-    deadline = Deadline(timeout.total_seconds())
     address = _reach(host, port, deadline)
     # torch's own connection attempts cannot be interrupted; now the first one succeeds
     return _construct(
-        lambda: TCPStore(host_name=address, port=port, **arguments),
-        timedelta(seconds=deadline.remaining()),
-        f"{host}:{port}",
+        lambda: TCPStore(host_name=address, port=port, **kwargs), deadline, f"{host}:{port}"
     )
 
 
@@ -120,7 +123,7 @@ def _reach(host: str, port: int, deadline: Deadline) -> str:
     while True:
         for family, address in candidates:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.settimeout(max(0.001, min(deadline.remaining(), 1.0)))
+                probe.settimeout(deadline.slice().total_seconds())
                 try:
                     probe.connect(address)
                     # a port that nobody listens on can, by chance, be connected to itself
@@ -136,10 +139,10 @@ def _reach(host: str, port: int, deadline: Deadline) -> str:
         time.sleep(_RETRY_SECONDS)
 
 
-def _construct(create: Callable[[], TCPStore], timeout: timedelta, where: str) -> TCPStore:
+def _construct(create: Callable[[], TCPStore], deadline: Deadline, where: str) -> TCPStore:
     """Call a constructor that may block for ever on a peer that never answers.
 
-    It runs in a thread of its own: this one can be interrupted, and gives up in time.
+    It runs in a thread of its own, so that this one gives up in time.
     """
     result: list[TCPStore] = []
     failure: list[BaseException] = []
@@ -153,11 +156,12 @@ def _construct(create: Callable[[], TCPStore], timeout: timedelta, where: str) -
         done.set()
 
     threading.Thread(target=run, daemon=True, name="refdist-store").start()
-    if not done.wait(timeout.total_seconds()):
-        raise StoreConnectionError(
-            f"{where} accepted a connection, but did not answer as a torch store does within "
-            f"{round(timeout.total_seconds(), 2):g} s"
-        )
+    while not done.wait(deadline.slice().total_seconds()):
+        if deadline.remaining() == 0:
+            raise StoreConnectionError(
+                f"{where} accepted a connection, but did not answer as a torch store does within "
+                f"{round(deadline.allowed, 2):g} s"
+            )
     if failure:
         if isinstance(failure[0], DistError):
             raise StoreConnectionError(f"{where}: {failure[0]}") from failure[0]

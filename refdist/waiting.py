@@ -1,8 +1,8 @@
-"""Waiting for keys of a store: on time, interruptible and quiet."""
+"""Waiting for a store: on time, quietly, and in slices, so that a wait can be cancelled."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from torch.distributed import DistStoreError, Store
@@ -11,9 +11,16 @@ from refdist.checks import check_seconds
 from refdist.compat import quiet
 
 SLICE_SECONDS = 1.0
-"""A wait is cut into slices of this length, because signals are handled only between requests."""
+"""The longest single wait. A longer one is made of several, and may be cancelled between them."""
+
+ANSWER_SECONDS = 1.0
+"""How long a store may take to answer after a deadline, before its host counts as stopped."""
 
 _NEVER_WRITTEN = "\0"
+
+
+class CancelledWaitError(Exception):
+    """Whoever asked for this wait no longer wants it. The text says why."""
 
 
 class Deadline:
@@ -24,38 +31,72 @@ class Deadline:
         if not 0 <= self.allowed < math.inf:
             raise ValueError(f"timeout={allowed}: must be finite seconds, at least 0")
         self._start = time.monotonic()
+        self._cancelled: str | None = None
+        self._answer_due = 0.0
+        self.given_up = False  # whether the store went on saying nothing
 
     def elapsed(self) -> float:
-        """Seconds since the creation."""
+        """Seconds since the creation, or since the last restart."""
         return time.monotonic() - self._start
 
     def remaining(self) -> float:
         """Seconds until the deadline, at least 0."""
         return max(0.0, self.allowed - self.elapsed())
 
+    def restart(self) -> None:
+        """Allow as many seconds again, from now on."""
+        self._start = time.monotonic()
 
-def wait_for_keys(store: Store, keys: Sequence[str], deadline: Deadline) -> bool:
-    """Block until every key exists, or until the deadline.
+    def store_answers(self) -> None:
+        """Note that the store has just answered, so what is left to do may take another second."""
+        self._answer_due = time.monotonic() + SLICE_SECONDS
 
-    One request a slice of ``SLICE_SECONDS``, so SIGINT raises KeyboardInterrupt within a second.
+    def patience(self) -> float:
+        """Seconds until a store that has said nothing counts as gone; 0 or less if it does."""
+        due = max(self._start + self.allowed, self._answer_due)
+        return due + ANSWER_SECONDS - time.monotonic()
+
+    def cancel(self, reason: str) -> None:
+        """Make the waits that end at this deadline raise CancelledWaitError, within a slice."""
+        self._cancelled = reason
+
+    def slice(self) -> timedelta:
+        """How long a single wait may take now.
+
+        Raises:
+            CancelledWaitError: the deadline was cancelled.
+        """
+        if self._cancelled is not None:
+            raise CancelledWaitError(self._cancelled)
+        # a timeout of 0 would mean "for ever" to some stores
+        return timedelta(seconds=max(0.001, min(self.remaining(), SLICE_SECONDS)))
+
+
+def wait_in_slices(request: Callable[[timedelta], None], deadline: Deadline) -> bool:
+    """Repeat a request that waits for as long as it is told, until it succeeds.
 
     Returns:
-        True when every key exists, False when the deadline came first.
+        True when it succeeded, False when the deadline came first.
 
     Raises:
+        CancelledWaitError: the deadline was cancelled.
         torch.distributed.DistNetworkError: the connection to the store is lost.
     """
     with quiet():
         while True:
-            remaining = deadline.remaining()
-            # a timeout of 0 would mean "for ever" to some stores
-            seconds = max(0.001, min(remaining, SLICE_SECONDS))
+            in_time = deadline.remaining() > SLICE_SECONDS
             try:
-                store.wait(list(keys), timedelta(seconds=seconds))
+                request(deadline.slice())
                 return True
             except DistStoreError:
-                if remaining <= SLICE_SECONDS:
+                if not in_time:
+                    deadline.store_answers()
                     return False
+
+
+def wait_for_keys(store: Store, keys: Sequence[str], deadline: Deadline) -> bool:
+    """Wait until every key exists: one request a slice. See ``wait_in_slices``."""
+    return wait_in_slices(lambda seconds: store.wait(list(keys), seconds), deadline)
 
 
 def peek(store: Store, key: str) -> bytes | None:
@@ -75,3 +116,8 @@ def decide(store: Store, key: str, proposal: bytes) -> bytes:
         # the legacy server of TCPStore wakes those who wait for a key on set, not on compare_set
         store.set(key, proposal.decode())
     return value
+
+
+def set_several(store: Store, values: Mapping[str, str]) -> None:
+    """Set several keys in one request, which waits for no answer."""
+    store.multi_set(list(values), list(values.values()))  # type: ignore[attr-defined]
