@@ -96,29 +96,44 @@ class Rank:
                 LOCAL, port, rank, len(members), listen_socket=listener, **options
             )
 
+    def store(self, name: str, **options: Any) -> TCPStore:
+        """A store of all ranks, which rank 0 serves."""
+        with self.place(name) as (port, listener):
+            return create_tcp_store(LOCAL, port, listener, is_master=self.rank == 0, **options)
+
     def watched_group(
         self, group: StatelessProcessGroup, before: Callable[..., None], **options: Any
     ) -> StatelessProcessGroup:
-        """A second group of the same ranks, whose requests to the store are seen by ``before``."""
+        """A second group of the same ranks, whose requests to the store are seen by ``before``.
+
+        Its store has no ``Store.barrier`` that is one request, because of the prefix.
+        """
         store = Watched(PrefixStore("watched", group.store), before)
         return StatelessProcessGroup(group.rank, group.world_size, store, **options)
 
 
 class Watched:
-    """A real store, and a function that is called before each request to it."""
+    """A real store, and a function that is called before each request to it.
+
+    It passes for a store of the same class.
+    """
 
     def __init__(self, store: Any, before: Callable[..., None]) -> None:
         self._store = store
         self._before = before
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._store)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._store, name)
         if not callable(attribute):
             return attribute
 
-        def request(*arguments: Any) -> Any:
+        def request(*arguments: Any, **named: Any) -> Any:
             self._before(name, *arguments)
-            return attribute(*arguments)
+            return attribute(*arguments, **named)
 
         return request
 
