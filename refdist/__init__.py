@@ -17,14 +17,25 @@ phase
 generation
     The number of a barrier in its group, counted from 0 by every rank for itself.
 outcome
-    The one value that decides a generation for all ranks: complete or broken.
+    How a barrier ended, the same for all ranks: complete or broken. Its state decides.
+state
+    The key of a barrier that every rank changes when it confirms, or when it breaks the barrier.
+slot
+    The keys of one barrier, which a later barrier uses again.
+epoch
+    The barriers from one that broke to the next that does.
+gate
+    A key at which ranks wait until another rank opens it.
+box
+    A key that holds one message for one reader.
 engine
     A process of ipyparallel that runs a notebook's cells. Its id is its rank.
 stage
     One part of a model that is split into a pipeline of layers.
 
 Importing refdist imports torch and the standard library. ``refdist.engines``,
-``refdist.figures`` and ``refdist.benchmarks`` are imported by those who need them.
+``refdist.figures``, ``refdist.observer`` and ``refdist.benchmarks`` are imported by those who need
+them.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +43,7 @@ from importlib.metadata import PackageNotFoundError, version
 from refdist.barrier import PhaseEvent
 from refdist.errors import (
     BarrierError,
+    ConcurrentCallError,
     GroupCreationError,
     MessageError,
     MessageExpiredError,
@@ -63,6 +75,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 __all__ = [
     "USE_SCHED_YIELD",
     "BarrierError",
+    "ConcurrentCallError",
     "GroupCreationError",
     "MessageError",
     "MessageExpiredError",

@@ -99,13 +99,14 @@ class LocalEngines:
     def offer_port(self, rank: int = 0) -> None:
         """Bind a free port on one engine and tell all: new ``port`` and ``listen_socket``.
 
-        Each group that lives at the same time as another needs a port of its own.
+        Each group that lives at the same time as another needs a port of its own. Engines that
+        are dead or stopped are not told.
 
         Args:
             rank: the engine that is to be rank 0 of the group.
         """
         first = self.view.targets[rank]
-        others = [engine for engine in self.view.targets if engine != first]
+        others = [self.view.targets[other] for other in self.answering() if other != rank]
         self.client[first].execute(_BIND_PORT, block=True)
         port: int = self.client[first].pull("port", block=True)
         if others:
@@ -130,6 +131,10 @@ class LocalEngines:
         """The value of a variable on every engine, in rank order."""
         values: list[Any] = self.view.pull(name, block=True)
         return values
+
+    def answering(self) -> list[int]:
+        """The ranks whose engines are neither dead nor stopped."""
+        return [rank for rank, pid in enumerate(self.pids) if _answers(pid)]
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one engine, such as SIGINT, SIGSTOP, SIGCONT or SIGKILL."""
@@ -190,6 +195,13 @@ class LocalEngines:
         if get_ipython() is not None:
             self.view.activate()
             get_ipython().run_line_magic("pxconfig", "--no-stream --progress-after=-1")
+
+
+def _answers(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        silent = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD, psutil.STATUS_STOPPED}
+        return psutil.Process(pid).status() not in silent
+    return False
 
 
 def _start_watching(parent: int, controller: int, profile: str) -> int:

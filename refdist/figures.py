@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from refdist.barrier import PhaseEvent
 from refdist.benchmarks.allreduce import AllReduceTiming
+from refdist.observer import KeyCount
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, _SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
 _GREY = "#EEEEEE"
@@ -58,6 +59,46 @@ def barrier_timeline(events: Iterable[PhaseEvent], title: str = "") -> Figure:
     ]
     arrow = plt.Line2D([], [], marker=">", color="black", linestyle="", label="enters the barrier")
     ax.legend(handles=[arrow, *handles], loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _finished(fig)
+
+
+def keys_over_time(
+    counts: Sequence[KeyCount], marks: Sequence[tuple[float, str]] = (), title: str = ""
+) -> Figure:
+    """How many keys a store holds, as a line over time, with moments marked from A on.
+
+    Args:
+        counts: as a KeyObserver sees them.
+        marks: moments on the same clock, and what happened then.
+        title: the figure's title.
+    """
+    if not counts:
+        raise ValueError("counts: is empty; observe the store for a while")
+    origin = counts[0].at
+    fig, ax = plt.subplots(figsize=(9, 3.4), layout="constrained", dpi=_DPI)
+    ax.step(
+        [count.at - origin for count in counts],
+        [count.keys for count in counts],
+        where="post",
+        color=_BLUE,
+    )
+    top = max(count.keys for count in counts)
+    ax.set_ylim(0, top * 1.25)
+    for letter, (at, what) in zip("ABCDEFGHIJKLMNOP", sorted(marks), strict=False):
+        ax.axvline(
+            at - origin, color="black", linestyle=":", linewidth=1, label=f"{letter}  {what}"
+        )
+        ax.text(
+            at - origin, top * 1.17, letter, ha="center", va="center", bbox=_LABEL, weight="bold"
+        )  # fmt: skip
+    ax.set_xlabel("seconds")
+    ax.set_ylabel("keys in the store")
+    ax.set_title(title)
+    ax.grid(alpha=0.3)
+    if marks:
+        ax.legend(
+            handlelength=0, handletextpad=0, loc="center left", bbox_to_anchor=(1.01, 0.5)
+        )  # fmt: skip
     return _finished(fig)
 
 

@@ -1,4 +1,8 @@
-"""The all-reduce benchmark on real gloo groups."""
+"""The benchmarks, on real processes and gloo groups."""
+
+import json
+import os
+import signal
 
 import pytest
 import torch
@@ -6,12 +10,16 @@ import torch.distributed as dist
 from ranks import LOCAL, run_ranks
 
 from refdist import stateless_init_torch_distributed_process_group
+from refdist.benchmarks.__main__ import main
 from refdist.benchmarks.allreduce import (
     AllReduceTiming,
     _verify,
     choose_backend,
     time_all_reduce,
 )
+from refdist.benchmarks.control import ControlTiming, exponent, time_control, time_many_ranks
+from refdist.benchmarks.launch import run_ranks as run_benchmark_ranks
+from refdist.compat import STORE_BARRIER, store_features
 
 
 def group_of(rank, name="group"):
@@ -76,3 +84,79 @@ def test_backend_needs_a_gpu_for_each_rank():
     assert choose_backend(1) == "gloo"
     assert choose_backend(gpus + 2) == "gloo"
     assert gpus < 2 or choose_backend(gpus) == "nccl"
+
+
+# The control plane: every operation of every implementation that is here, on real processes.
+
+
+def test_control_times_every_operation():
+    timings = time_control([2], repeats=1, target_seconds=0.01)
+    by_name = {(t.operation, t.implementation): t for t in timings}
+    assert all(t.world_size == 2 and t.seconds > 0 for t in timings)
+    expected = {"barrier", "all_gather_obj", "broadcast_obj", "ping-pong", "64 MiB broadcast_obj"}
+    assert {operation for operation, name in by_name if name == "refdist"} == expected
+    assert ("barrier", "gloo") in by_name
+    has_store_barrier = store_features()[STORE_BARRIER]
+    assert (("barrier", "Store.barrier") in by_name) == has_store_barrier
+
+
+def test_control_times_many_ranks():
+    timings = time_many_ranks([9], repeats=2)
+    assert [(t.world_size, t.implementation) for t in timings] == [
+        (9, "refdist"),
+        (9, "set, add, wait, set"),
+    ]
+    assert all(t.seconds > 0 for t in timings)
+
+
+def test_exponent_of_growth():
+    def grown(power):
+        return [ControlTiming("barrier", "refdist", n, 3 * n**power) for n in (2, 4, 100)]
+
+    assert exponent(grown(1)) == pytest.approx(1)
+    assert exponent(grown(2)) == pytest.approx(2)
+
+
+def raise_on_rank_1(rank, world_size, board):
+    if rank == 1:
+        raise ValueError("rank 1 has had enough")
+    board.get("never")
+
+
+def die_on_rank_1(rank, world_size, board):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    board.get("never")
+
+
+def test_a_rank_of_a_benchmark_that_fails_is_reported():
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 raised:[\s\S]*rank 1 has had enough"):
+        run_benchmark_ranks(raise_on_rank_1, 2)
+    with pytest.raises(RuntimeError, match="rank 1 of 2 died"):
+        run_benchmark_ranks(die_on_rank_1, 2)
+    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] of 2 did not end in time"):
+        run_benchmark_ranks(wait_for_ever, 2, seconds=0.5)
+
+
+def wait_for_ever(rank, world_size, board):
+    board.get("never")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--world-sizes", "1"], ["--many-ranks", "3"], ["--repeats", "0"]]
+)
+def test_bad_command_line(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["control", *arguments])
+    assert f"{arguments[1]}" in capsys.readouterr().err
+
+
+def test_command_line(capsys):
+    main(["control", "--world-sizes", "2", "--many-ranks", "4", "8", "--repeats", "1"])
+    out = capsys.readouterr().out
+    assert "2 ranks  barrier" in out and "gloo" in out
+    assert "one barrier of many ranks grows with their number to the" in out
+    main(["control", "--world-sizes", "--many-ranks", "4", "--repeats", "1", "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["implementation"] for line in lines] == ["refdist", "set, add, wait, set"]
+    assert all(line["torch"] == torch.__version__ and line["seconds"] > 0 for line in lines)

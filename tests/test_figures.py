@@ -7,11 +7,13 @@ from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.figures import (
     all_reduce_times,
     barrier_timeline,
+    keys_over_time,
     remainder_map,
     size_name,
     stages,
     stages_of_models,
 )
+from refdist.observer import KeyCount
 
 
 def bars(ax):
@@ -33,6 +35,18 @@ def test_timeline_has_a_bar_for_each_phase_at_its_time():
     assert len(looks) == 2  # a colour and a hatch for each phase
     assert [label.get_text() for label in ax.get_yticklabels()] == ["rank 0", "rank 1"]
     assert "seconds" in ax.get_xlabel()
+
+
+def test_keys_over_time_shows_counts_and_marks():
+    counts = [KeyCount(10.0, 3), KeyCount(10.5, 40), KeyCount(11.0, 3)]
+    (ax,) = keys_over_time(counts, [(10.75, "second"), (10.25, "first")], "title").axes
+    line, *marks = ax.get_lines()
+    assert [tuple(point) for point in line.get_xydata()] == [(0, 3), (0.5, 40), (1, 3)]
+    assert [mark.get_xdata()[0] for mark in marks] == [0.25, 0.75]
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["A  first", "B  second"]
+    with pytest.raises(ValueError, match="counts: is empty"):
+        keys_over_time([])
 
 
 def test_timeline_of_nothing_is_refused():
