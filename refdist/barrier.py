@@ -124,12 +124,14 @@ class Barrier:
         self,
         timeout: float | Deadline,
         record: Callable[[PhaseEvent], None] | None = None,
+        each_phase: bool = True,
     ) -> None:
         """Block until every rank has called ``wait``; rank 0 until every other rank has left.
 
         Args:
-            timeout: seconds, for each phase; or one deadline for all of them.
+            timeout: seconds, or a deadline that is restarted for the second wait.
             record: is called with a PhaseEvent for each phase that ended.
+            each_phase: False if the timeout holds for all phases together.
 
         Raises:
             BarrierError: on every rank that entered, when a rank did not arrive in time; on rank
@@ -138,7 +140,7 @@ class Barrier:
                 complete, it is broken for the others.
             torch.distributed.DistError: the store is lost, or holds what no rank wrote.
         """
-        self._meet(timeout, record, None)
+        self._meet(timeout, record, each_phase, None)
 
     def gather(
         self,
@@ -156,13 +158,14 @@ class Barrier:
             BarrierError, CancelledWaitError, torch.distributed.DistError: as ``wait``.
         """
         generation = self._generation
-        found = self._meet(timeout, record, value)
+        found = self._meet(timeout, record, True, value)
         return self._unframe(generation, found or b"")
 
     def _meet(
         self,
         timeout: float | Deadline,
         record: Callable[[PhaseEvent], None] | None,
+        each_phase: bool,
         value: bytes | None,
     ) -> bytes | None:
         """One barrier. Returns the framed values of all, if this rank brought one."""
@@ -190,16 +193,17 @@ class Barrier:
                 self._break(slot, generation, deadline, give_up)
             if value is not None:
                 values = peek(self._store, slot.gathered)
-            state = self._confirm(slot, generation)
+            state = self._confirm(slot)
 
         if state.broken:
+            deadline.store_answers()
             reason = keys.reason(self._epoch)
             self._end_epoch()
             if cancelled is not None:
                 raise cancelled
             self._raise_broken(generation, reason)
         with self._phase("departure", generation, record):
-            if not isinstance(timeout, Deadline):
+            if each_phase:
                 deadline.restart()
             self._depart(slot, state, generation, deadline, cancelled)
         return values
@@ -212,17 +216,27 @@ class Barrier:
         # whoever confirms after this sees the sleeper, and opens the gate
         return state.broken or state.left > 0 or self._gates.wait(slot.wake, deadline)
 
-    def _confirm(self, slot: keys.Slot, generation: int) -> _State:
+    def _confirm(self, slot: keys.Slot) -> _State:
         """Add this rank's mark. The state as it is then holds the outcome."""
         mark = _LEFT + self._rank * _LEFT_SUM
-        state = _State.of(self._store.add(slot.state, mark))
-        if not state.broken and (state.left > self._world_size or state.asleep > self._world_size):
+        state = self._read(self._store.add(slot.state, mark))
+        first = not state.broken and state.left == 1
+        if first and (state.asleep > 0 or self._gates.open_always):
+            self._gates.open(slot.wake)
+        return state
+
+    def _read(self, value: bytes | int) -> _State:
+        """Unpack a state; an empty one is that of a slot that was never used."""
+        try:
+            state = _State.of(int(value or 0))
+        except ValueError:
+            state = None
+        if state is None or (not state.broken and max(state.left, state.asleep) > self._world_size):
             raise self._error(
-                f"barrier {generation} has a state that no rank of refdist writes: {state}",
+                f"barrier {self._generation - 1} has a state that no rank of refdist writes: "
+                f"{value!r}",
                 phase="confirmation",
             )
-        if not state.broken and state.left == 1 and state.asleep > 0:
-            self._gates.open(slot.wake)
         return state
 
     def _break(self, slot: keys.Slot, generation: int, deadline: Deadline, reason: str) -> None:
@@ -233,7 +247,7 @@ class Barrier:
         broken = str(_BROKEN + self._rank * _LEFT_SUM).encode()
         found = peek(self._store, slot.state) or b""
         while True:
-            state = _State.of(int(found or 0))
+            state = self._read(found)
             if state.broken or state.left > 0:
                 return
             answer = self._store.compare_set(slot.state, found.decode(), broken.decode())
@@ -266,10 +280,9 @@ class Barrier:
     ) -> None:
         everyone = state.left == self._world_size
         used, self._used = self._used, slot
-        if self._rank != 0:
-            if everyone:
-                self._gates.open(slot.left)
-        else:
+        if everyone and (self._rank != 0 or self._gates.open_always):
+            self._gates.open(slot.left)
+        if self._rank == 0:
             if used is not None:
                 self._gates.close([used.wake, used.left])
                 set_several(self._store, {used.arrived: "0", used.state: "0", used.gathered: ""})
@@ -319,7 +332,7 @@ class Barrier:
 
     def _check_departures(self, slot: keys.Slot, generation: int, deadline: Deadline) -> None:
         """Raise, naming who did not leave; unless all did, and the last could not say so."""
-        state = _State.of(int(peek(self._store, slot.state) or 0))
+        state = self._read(peek(self._store, slot.state) or b"")
         count = self._world_size - state.left
         if count == 0:
             return

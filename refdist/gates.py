@@ -23,7 +23,14 @@ OPEN = 1 << 62
 
 
 class Gates(Protocol):
-    """The gates of one store, as ``Barrier`` uses them."""
+    """The gates of one store, as ``Barrier`` uses them.
+
+    Attributes:
+        open_always: whether to open a gate also when nobody waits there, so that the number of
+            keys does not depend on who was faster.
+    """
+
+    open_always: bool
 
     def count_in(self, key: str, world_size: int, deadline: Deadline) -> bool:
         """Add one to the count of a gate that opens by itself when the count is ``world_size``.
@@ -48,6 +55,8 @@ class CounterGates:
     ``barrier(key, n)`` adds 1 to the key and waits until the key is at least ``n``. The call that
     makes it so wakes everyone who waits there, whatever number they wait for.
     """
+
+    open_always = False
 
     def __init__(self, store: TCPStore) -> None:
         self._store = store
@@ -80,6 +89,8 @@ class CounterGates:
 
 class KeyGates:
     """Gates of any store."""
+
+    open_always = True
 
     def __init__(self, store: Store) -> None:
         self._store = store

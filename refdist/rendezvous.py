@@ -117,7 +117,7 @@ def join(store: Store, rank: int, world_size: int, deadline: Deadline, where: st
     try:
         _register(store, rank, world_size, deadline, where)
         barrier = Barrier(store, rank, world_size)
-        barrier.wait(deadline)
+        barrier.wait(deadline, each_phase=False)
         return barrier
     except BarrierError as error:
         with suppress(DistError):
