@@ -45,7 +45,10 @@ class KeyObserver:
         self._thread = threading.Thread(target=self._count, daemon=True, name="refdist-observer")
 
     def _count(self) -> None:
-        while not self._over.wait(_PERIOD_SECONDS):
+        over = False
+        while not over:
+            # once more after the end, so that the last count is of then
+            over = self._over.wait(_PERIOD_SECONDS)
             try:
                 keys = self._store.num_keys()
             except DistError:

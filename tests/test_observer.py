@@ -27,10 +27,13 @@ def test_it_sees_keys_come_and_go():
         wait_for_count(observer, 3)
         store.delete_key("a")
         wait_for_count(observer, 2)
+        store.set("d", "")
+    # the last count is of the end
+    assert observer.counts[-1].keys == 3
     times = [count.at for count in observer.counts]
     assert times == sorted(times) and start < times[0] and times[-1] < time.monotonic()
     seen = len(observer.counts)
-    store.set("d", "")
+    store.set("e", "")
     assert len(observer.counts) == seen
 
 
