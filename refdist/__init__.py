@@ -40,7 +40,6 @@ them.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from refdist.barrier import PhaseEvent
 from refdist.errors import (
     BarrierError,
     ConcurrentCallError,
@@ -50,6 +49,7 @@ from refdist.errors import (
     MessageTimeoutError,
     StoreConnectionError,
 )
+from refdist.phases import PhaseEvent
 from refdist.pipeline import get_pp_indices
 from refdist.polling import USE_SCHED_YIELD, sched_yield
 from refdist.process_groups import (

@@ -34,67 +34,25 @@ With ``Store.barrier``, and nobody asleep, 3 a rank; 5 for rank 0 and for the la
 rank that breaks a barrier looks up the roll besides, one request for each rank.
 """
 
-import json
-import struct
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, Self
-
 from torch.distributed import Store
 
 from refdist import keys
-from refdist.errors import BarrierError, MessageError, name_ranks
+from refdist.barrier_state import (
+    ASLEEP,
+    MAX_WORLD_SIZE,
+    State,
+    frame,
+    read_reason,
+    read_state,
+    unframe,
+    write_reason,
+)
+from refdist.errors import BarrierError, name_ranks
 from refdist.gates import Gates, gates_of
+from refdist.phases import Record, phase
 from refdist.waiting import CancelledWaitError, Deadline, peek, set_several, wait_for_keys
 
-MAX_WORLD_SIZE = 1 << 14
-
 _REASON_SECONDS = 1.0  # how long a rank waits to read why a barrier broke
-_NOT_RECORDED = nullcontext()
-_FRAME = struct.Struct("<QII")  # generation, rank, and the length of what follows
-
-
-@dataclass(frozen=True)
-class PhaseEvent:
-    """One phase of one barrier on one rank.
-
-    ``start`` and ``end`` are seconds of ``time.monotonic()``, which all processes of a host share.
-    """
-
-    rank: int
-    generation: int
-    phase: str
-    start: float
-    end: float
-
-    @property
-    def seconds(self) -> float:
-        """How long the phase took on this rank."""
-        return self.end - self.start
-
-
-_LEFT, _LEFT_SUM, _ASLEEP, _BROKEN = 1, 1 << 16, 1 << 48, -(1 << 63)
-
-
-class _State(NamedTuple):
-    """What the state of a barrier says: one integer, to which the store can add.
-
-    From the lowest bit: 16 bits count the ranks that have left, 32 hold the sum of their numbers,
-    and the rest counts those asleep. Negative means broken.
-    """
-
-    left: int
-    left_sum: int
-    asleep: int
-    broken: bool
-
-    @classmethod
-    def of(cls, value: int) -> Self:
-        """Unpack the integer."""
-        left_sum = (value & (_ASLEEP - 1)) // _LEFT_SUM
-        return cls(value & (_LEFT_SUM - 1), left_sum, value // _ASLEEP, value < 0)
 
 
 class Barrier:
@@ -123,7 +81,7 @@ class Barrier:
     def wait(
         self,
         timeout: float | Deadline,
-        record: Callable[[PhaseEvent], None] | None = None,
+        record: Record | None = None,
         each_phase: bool = True,
     ) -> None:
         """Block until every rank has called ``wait``; rank 0 until every other rank has left.
@@ -146,7 +104,7 @@ class Barrier:
         self,
         value: bytes,
         timeout: float | Deadline,
-        record: Callable[[PhaseEvent], None] | None = None,
+        record: Record | None = None,
     ) -> list[bytes]:
         """Pass a barrier, and return the value that each rank brought to it, in rank order.
 
@@ -159,12 +117,12 @@ class Barrier:
         """
         generation = self._generation
         found = self._meet(timeout, record, True, value)
-        return self._unframe(generation, found or b"")
+        return unframe(found or b"", generation, self._world_size)
 
     def _meet(
         self,
         timeout: float | Deadline,
-        record: Callable[[PhaseEvent], None] | None,
+        record: Record | None,
         each_phase: bool,
         value: bytes | None,
     ) -> bytes | None:
@@ -176,11 +134,11 @@ class Barrier:
         cancelled: CancelledWaitError | None = None
         values: bytes | None = None
 
-        with self._phase("arrival", generation, record):
+        with phase("arrival", self._rank, generation, record):
             self._store.set(self._roll, str(generation))
             if value is not None:
-                frame = _FRAME.pack(generation, self._rank, len(value)) + value
-                self._store.append(slot.gathered, frame)  # type: ignore[attr-defined]
+                framed = frame(value, generation, self._rank)
+                self._store.append(slot.gathered, framed)  # type: ignore[attr-defined]
             give_up = None
             try:
                 if not self._arrive(slot, deadline):
@@ -188,12 +146,12 @@ class Barrier:
             except CancelledWaitError as error:
                 cancelled, give_up = error, f"of {error}"
 
-        with self._phase("confirmation", generation, record):
+        with phase("confirmation", self._rank, generation, record):
             if give_up is not None:
                 self._break(slot, generation, deadline, give_up)
             if value is not None:
                 values = peek(self._store, slot.gathered)
-            state = self._confirm(slot)
+            state = self._confirm(slot, generation)
 
         if state.broken:
             deadline.store_answers()
@@ -201,8 +159,10 @@ class Barrier:
             self._end_epoch()
             if cancelled is not None:
                 raise cancelled
-            self._raise_broken(generation, reason)
-        with self._phase("departure", generation, record):
+            written = wait_for_keys(self._store, [reason], Deadline(_REASON_SECONDS))
+            why = peek(self._store, reason) if written else None
+            raise read_reason(why, generation, self._world_size)
+        with phase("departure", self._rank, generation, record):
             if each_phase:
                 deadline.restart()
             self._depart(slot, state, generation, deadline, cancelled)
@@ -212,42 +172,27 @@ class Barrier:
         """Returns whether there is an outcome: all have arrived, or someone broke the barrier."""
         if self._gates.count_in(slot.arrived, self._world_size, deadline):
             return True
-        state = _State.of(self._store.add(slot.state, _ASLEEP))
+        state = State.of(self._store.add(slot.state, ASLEEP))
         # whoever confirms after this sees the sleeper, and opens the gate
         return state.broken or state.left > 0 or self._gates.wait(slot.wake, deadline)
 
-    def _confirm(self, slot: keys.Slot) -> _State:
+    def _confirm(self, slot: keys.Slot, generation: int) -> State:
         """Add this rank's mark. The state as it is then holds the outcome."""
-        mark = _LEFT + self._rank * _LEFT_SUM
-        state = self._read(self._store.add(slot.state, mark))
+        added = self._store.add(slot.state, State.mark(self._rank))
+        state = read_state(added, generation, self._world_size)
         first = not state.broken and state.left == 1
         if first and (state.asleep > 0 or self._gates.open_always):
             self._gates.open(slot.wake)
-        return state
-
-    def _read(self, value: bytes | int) -> _State:
-        """Unpack a state; an empty one is that of a slot that was never used."""
-        try:
-            state = _State.of(int(value or 0))
-        except ValueError:
-            state = None
-        if state is None or (not state.broken and max(state.left, state.asleep) > self._world_size):
-            raise self._error(
-                f"barrier {self._generation - 1} has a state that no rank of refdist writes: "
-                f"{value!r}",
-                phase="confirmation",
-            )
         return state
 
     def _break(self, slot: keys.Slot, generation: int, deadline: Deadline, reason: str) -> None:
         """Break the barrier, unless a rank has confirmed it or broken it already."""
         elapsed = deadline.elapsed()
         deadline.store_answers()
-        # unlike any other rank's, whatever marks were added to that: each of them counts in LEFT
-        broken = str(_BROKEN + self._rank * _LEFT_SUM).encode()
+        broken = str(State.broken_by(self._rank)).encode()
         found = peek(self._store, slot.state) or b""
         while True:
-            state = self._read(found)
+            state = read_state(found, generation, self._world_size)
             if state.broken or state.left > 0:
                 return
             answer = self._store.compare_set(slot.state, found.decode(), broken.decode())
@@ -258,22 +203,15 @@ class Barrier:
         # this rank alone comes here
         signed = str(generation).encode()
         missing = [r for r in range(self._world_size) if peek(self._store, keys.roll(r)) != signed]
-        record = {
-            "by": self._rank,
-            "reason": reason,
-            "missing": missing,
-            "elapsed": elapsed,
-            "allowed": deadline.allowed,
-            "at": time.time(),
-        }
-        self._store.set(keys.reason(self._epoch), json.dumps(record))
+        why = write_reason(self._rank, reason, missing, elapsed, deadline.allowed)
+        self._store.set(keys.reason(self._epoch), why)
         self._gates.open(slot.wake)
         self._gates.open(slot.arrived)
 
     def _depart(
         self,
         slot: keys.Slot,
-        state: _State,
+        state: State,
         generation: int,
         deadline: Deadline,
         cancelled: CancelledWaitError | None,
@@ -302,37 +240,10 @@ class Barrier:
         self._in_epoch = 0
         self._used = None
 
-    def _raise_broken(self, generation: int, key: str) -> NoReturn:
-        """Raise what the rank that broke the barrier wrote about it."""
-        if not wait_for_keys(self._store, [key], Deadline(_REASON_SECONDS)):
-            raise self._error(
-                f"barrier {generation} was broken by a rank that died before it said why",
-                phase="arrival",
-            )
-        found = peek(self._store, key) or b""
-        try:
-            broken = json.loads(found)
-            by, missing, at = int(broken["by"]), list(map(int, broken["missing"])), broken["at"]
-            elapsed, allowed = float(broken["elapsed"]), float(broken["allowed"])
-            when = time.strftime("%H:%M:%S", time.localtime(at))
-            text = (
-                f"barrier {generation} was broken in arrival by rank {by} at {when}, after "
-                f"{elapsed:.2f} of {round(allowed, 2):g} s, because {broken['reason']}; "
-                f"missing: {name_ranks(missing)} of {self._world_size}"
-            )
-        except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
-            raise self._error(
-                f"barrier {generation} was broken for a reason that no rank of refdist writes: "
-                f"{found[:80]!r}",
-                phase="arrival",
-            ) from error
-        raise self._error(
-            text, phase="arrival", missing=missing, elapsed=elapsed, allowed=allowed, broken_by=by
-        )
-
     def _check_departures(self, slot: keys.Slot, generation: int, deadline: Deadline) -> None:
         """Raise, naming who did not leave; unless all did, and the last could not say so."""
-        state = self._read(peek(self._store, slot.state) or b"")
+        found = peek(self._store, slot.state) or b""
+        state = read_state(found, generation, self._world_size)
         count = self._world_size - state.left
         if count == 0:
             return
@@ -344,7 +255,7 @@ class Barrier:
             others = range(1, self._world_size)
             missing = [r for r in others if peek(self._store, keys.roll(r)) == here]
         some_of = "" if count >= len(missing) else f"{count} of "
-        raise self._error(
+        raise BarrierError(
             f"barrier {generation} completed, but in departure rank 0 waited in vain for "
             f"{some_of}{name_ranks(missing)} to leave: "
             f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
@@ -352,45 +263,7 @@ class Barrier:
             missing=missing,
             elapsed=deadline.elapsed(),
             allowed=deadline.allowed,
+            broken_by=self._rank,
+            generation=generation,
             completed=True,
         )
-
-    def _unframe(self, generation: int, found: bytes) -> list[bytes]:
-        values: dict[int, bytes] = {}
-        offset = 0
-        while offset + _FRAME.size <= len(found):
-            number, rank, length = _FRAME.unpack_from(found, offset)
-            offset += _FRAME.size
-            if number != generation or rank in values or rank >= self._world_size:
-                break
-            values[rank] = found[offset : offset + length]
-            offset += length
-        if offset != len(found):
-            raise MessageError(
-                f"gather {generation}: holds {found[-40:]!r}, which no rank of refdist writes"
-            )
-        missing = [rank for rank in range(self._world_size) if rank not in values]
-        if missing:
-            raise MessageError(
-                f"gather {generation}: {name_ranks(missing)} brought nothing; "
-                f"did another rank call barrier meanwhile?"
-            )
-        return [values[rank] for rank in range(self._world_size)]
-
-    def _error(self, text: str, **attributes: Any) -> BarrierError:
-        known: dict[str, Any] = {"missing": (), "elapsed": 0.0, "allowed": 0.0}
-        known |= {"broken_by": self._rank, "generation": self._generation - 1}
-        return BarrierError(text, **(known | attributes))
-
-    def _phase(
-        self, name: str, generation: int, record: Callable[[PhaseEvent], None] | None
-    ) -> AbstractContextManager[None]:
-        return _NOT_RECORDED if record is None else self._recorded(name, generation, record)
-
-    @contextmanager
-    def _recorded(
-        self, name: str, generation: int, record: Callable[[PhaseEvent], None]
-    ) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        record(PhaseEvent(self._rank, generation, name, start, time.monotonic()))

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from refdist.barrier import PhaseEvent
 from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.observer import KeyCount
+from refdist.phases import PhaseEvent
 
 _BLUE, _ORANGE, _GREEN, _VERMILION, _SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
 _GREY = "#EEEEEE"

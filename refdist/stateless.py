@@ -15,7 +15,7 @@ import torch
 from torch.distributed import DistError, ReduceOp, Store, TCPStore
 
 from refdist import keys, messages
-from refdist.barrier import Barrier, PhaseEvent
+from refdist.barrier import Barrier
 from refdist.boxes import boxes_of
 from refdist.calls import Calls
 from refdist.checks import check_integer, check_rank, check_seconds
@@ -27,6 +27,7 @@ from refdist.errors import (
     StoreConnectionError,
     letting_go,
 )
+from refdist.phases import PhaseEvent
 from refdist.rendezvous import leave, listening, meet
 from refdist.tensors import check_cpu, check_like, fill, own_copy, reduction
 from refdist.waiting import CancelledWaitError, Deadline

@@ -2,7 +2,6 @@
 
 import pytest
 
-from refdist.barrier import PhaseEvent
 from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.figures import (
     all_reduce_times,
@@ -14,6 +13,7 @@ from refdist.figures import (
     stages_of_models,
 )
 from refdist.observer import KeyCount
+from refdist.phases import PhaseEvent
 
 
 def bars(ax):

@@ -1,0 +1,147 @@
+"""What is stored about a barrier: its state, why it broke, and what its ranks brought."""
+
+import json
+import struct
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+from refdist.errors import BarrierError, MessageError, name_ranks
+
+LEFT, LEFT_SUM, ASLEEP, BROKEN = 1, 1 << 16, 1 << 48, -(1 << 63)
+MAX_WORLD_SIZE = 1 << 14
+
+_FRAME = struct.Struct("<QII")  # generation, rank, and the length of what follows
+
+
+class State(NamedTuple):
+    """What the state of a barrier says: one integer, to which the store can add.
+
+    From the lowest bit: 16 bits count the ranks that have left, 32 hold the sum of their numbers,
+    and the rest counts those asleep. Negative means broken.
+    """
+
+    left: int
+    left_sum: int
+    asleep: int
+    broken: bool
+
+    @classmethod
+    def of(cls, value: int) -> Self:
+        """Unpack the integer."""
+        left_sum = (value & (ASLEEP - 1)) // LEFT_SUM
+        return cls(value & (LEFT_SUM - 1), left_sum, value // ASLEEP, value < 0)
+
+    @staticmethod
+    def mark(rank: int) -> int:
+        """What a rank adds to the state to confirm."""
+        return LEFT + rank * LEFT_SUM
+
+    @staticmethod
+    def broken_by(rank: int) -> int:
+        """The state that a rank writes to break the barrier.
+
+        It is unlike any other rank's, whatever marks were added to that, as each counts in LEFT.
+        """
+        return BROKEN + rank * LEFT_SUM
+
+
+def read_state(value: bytes | int, generation: int, world_size: int) -> State:
+    """Unpack a state; an empty one is that of a slot that was never used.
+
+    Raises:
+        BarrierError: no rank has written it.
+    """
+    try:
+        state = State.of(int(value or 0))
+        if state.broken or max(state.left, state.asleep) <= world_size:
+            return state
+    except ValueError:
+        pass
+    raise BarrierError(
+        f"barrier {generation} has a state that no rank of refdist writes: {value!r}",
+        phase="confirmation",
+        generation=generation,
+    )
+
+
+def write_reason(
+    rank: int, reason: str, missing: Sequence[int], elapsed: float, allowed: float
+) -> str:
+    """What a rank writes about a barrier that it has broken."""
+    return json.dumps(
+        {
+            "by": rank,
+            "reason": reason,
+            "missing": list(missing),
+            "elapsed": elapsed,
+            "allowed": allowed,
+            "at": time.time(),
+        }
+    )
+
+
+def read_reason(written: bytes | None, generation: int, world_size: int) -> BarrierError:
+    """The error that says what ``write_reason`` wrote; or that there is nothing, for None."""
+    if written is None:
+        return BarrierError(
+            f"barrier {generation} was broken by a rank that died before it said why",
+            phase="arrival",
+            generation=generation,
+        )
+    try:
+        broken = json.loads(written)
+        by, missing, at = int(broken["by"]), list(map(int, broken["missing"])), broken["at"]
+        elapsed, allowed = float(broken["elapsed"]), float(broken["allowed"])
+        when = time.strftime("%H:%M:%S", time.localtime(at))
+        return BarrierError(
+            f"barrier {generation} was broken in arrival by rank {by} at {when}, after "
+            f"{elapsed:.2f} of {round(allowed, 2):g} s, because {broken['reason']}; "
+            f"missing: {name_ranks(missing)} of {world_size}",
+            phase="arrival",
+            missing=missing,
+            elapsed=elapsed,
+            allowed=allowed,
+            broken_by=by,
+            generation=generation,
+        )
+    except (ValueError, TypeError, KeyError, OverflowError, OSError):
+        return BarrierError(
+            f"barrier {generation} was broken for a reason that no rank of refdist writes: "
+            f"{written[:80]!r}",
+            phase="arrival",
+            generation=generation,
+        )
+
+
+def frame(value: bytes, generation: int, rank: int) -> bytes:
+    """A value that says whose it is, to be followed by those of other ranks."""
+    return _FRAME.pack(generation, rank, len(value)) + value
+
+
+def unframe(found: bytes, generation: int, world_size: int) -> list[bytes]:
+    """The values of all ranks, in rank order.
+
+    Raises:
+        MessageError: not every rank brought one value, or there is something else.
+    """
+    values: dict[int, bytes] = {}
+    offset = 0
+    while offset + _FRAME.size <= len(found):
+        number, rank, length = _FRAME.unpack_from(found, offset)
+        offset += _FRAME.size
+        if number != generation or rank in values or rank >= world_size:
+            break
+        values[rank] = found[offset : offset + length]
+        offset += length
+    if offset != len(found):
+        raise MessageError(
+            f"gather {generation}: holds {found[-40:]!r}, which no rank of refdist writes"
+        )
+    missing = [rank for rank in range(world_size) if rank not in values]
+    if missing:
+        raise MessageError(
+            f"gather {generation}: {name_ranks(missing)} brought nothing; did another rank call "
+            f"barrier meanwhile?"
+        )
+    return [values[rank] for rank in range(world_size)]
