@@ -3,7 +3,7 @@
 Arrival
     Each rank signs the roll and adds one to the count of arrivals. After this phase a rank knows
     that all have arrived, or that someone broke the barrier, or that its own time is up. In the
-    last case it proposes to break the barrier.
+    last case it breaks the barrier, unless all are there.
 Confirmation
     One key, the *state*, decides for all, because the store changes it one request at a time. A
     rank confirms by adding its mark to the state, and the answer tells it the outcome. A rank
@@ -30,8 +30,9 @@ A rank that has waited for a second falls *asleep*: it says so in the state, and
 Who confirms first sees the sleepers in the state and opens the gate.
 
 Requests to the store: at most 9 a rank, of constant size, and one more for each second of waiting.
-With ``Store.barrier``, and nobody asleep, 3 a rank; 5 for rank 0 and for the last to leave. The
-rank that breaks a barrier looks up the roll besides, one request for each rank.
+With ``Store.barrier``, and nobody asleep, 3 a rank, 5 for the last to leave, and 6 for rank 0. When
+a barrier breaks, a rank makes up to 5 more; the one that breaks it 9, and one for each rank to look
+up the roll.
 """
 
 from torch.distributed import Store
@@ -50,7 +51,7 @@ from refdist.barrier_state import (
 from refdist.errors import BarrierError, name_ranks
 from refdist.gates import Gates, gates_of
 from refdist.phases import Record, phase
-from refdist.waiting import CancelledWaitError, Deadline, peek, set_several, wait_for_keys
+from refdist.waiting import CancelledWaitError, Deadline, peek, set_several, wait_for_value
 
 _REASON_SECONDS = 1.0  # how long a rank waits to read why a barrier broke
 
@@ -141,7 +142,7 @@ class Barrier:
                 self._store.append(slot.gathered, framed)  # type: ignore[attr-defined]
             give_up = None
             try:
-                if not self._arrive(slot, deadline):
+                if not self._arrive(slot, deadline) and not self._all_here(slot):
                     give_up = "its time was up"
             except CancelledWaitError as error:
                 cancelled, give_up = error, f"of {error}"
@@ -159,8 +160,7 @@ class Barrier:
             self._end_epoch()
             if cancelled is not None:
                 raise cancelled
-            written = wait_for_keys(self._store, [reason], Deadline(_REASON_SECONDS))
-            why = peek(self._store, reason) if written else None
+            why = wait_for_value(self._store, reason, Deadline(_REASON_SECONDS))
             raise read_reason(why, generation, self._world_size)
         with phase("departure", self._rank, generation, record):
             if each_phase:
@@ -175,6 +175,11 @@ class Barrier:
         state = State.of(self._store.add(slot.state, ASLEEP))
         # whoever confirms after this sees the sleeper, and opens the gate
         return state.broken or state.left > 0 or self._gates.wait(slot.wake, deadline)
+
+    def _all_here(self, slot: keys.Slot) -> bool:
+        """Whether the last has arrived without saying so, because it is slow or died there."""
+        count = self._store.get(slot.arrived)
+        return count.isdigit() and int(count) >= self._world_size
 
     def _confirm(self, slot: keys.Slot, generation: int) -> State:
         """Add this rank's mark. The state as it is then holds the outcome."""

@@ -1,10 +1,10 @@
-"""Boxes: keys of a store that hold one value, for one reader, who takes it out.
+"""Boxes: places in a store for numbered values, which one reader takes out in order.
 
-There are two kinds, with the same methods, because stores differ:
+The key of a value ends in its number; what comes before names the box. There are two kinds, with
+the same methods, because stores differ:
 
-* With queues, a value is a queue of one. Waiting for it, reading it and deleting it is one
-  request, and two who want the value cannot both get it.
-* With plain keys, which every store has, that takes three requests.
+* With queues, a box is one queue. Waiting for a value, reading it and deleting it is one request.
+* With plain keys, which every store has, each value has a key of its own, and that takes four.
 """
 
 from datetime import timedelta
@@ -13,63 +13,116 @@ from typing import Any, Protocol
 from torch.distributed import Store
 
 from refdist.compat import has_queues
-from refdist.waiting import Deadline, peek, wait_for_keys, wait_in_slices
+from refdist.errors import MessageError
+from refdist.waiting import Deadline, peek, wait_for_value, wait_in_slices
 
 
 class Boxes(Protocol):
-    """The boxes of one store."""
+    """The boxes of one store, as one rank uses them."""
 
     def put(self, key: str, value: bytes) -> None:
-        """Put a value into a box that is empty. Does not wait for an answer."""
+        """Put a value into a box. Does not wait for an answer."""
 
     def take(self, key: str, deadline: Deadline) -> bytes | None:
-        """Wait for a value, and take it out. None when the deadline came first."""
+        """Wait for a value, and take it out. None when the deadline came first.
 
-    def withdraw(self, key: str) -> bool:
-        """Empty a box that nobody has emptied. Whether there was something in it."""
+        Raises:
+            MessageError: the box holds what no rank of refdist writes. It is gone then, and the
+                value is still to come.
+        """
+
+    def replace(self, key: str, value: bytes) -> bool:
+        """Put a value in the place of one that nobody has taken. Whether there was one."""
 
 
 class QueueBoxes:
-    """Boxes of a store that has queues."""
+    """Boxes of a store that has queues.
+
+    Each value is preceded by its number. A writer that replaces a value puts the new one behind all
+    others, so a reader keeps what comes too early.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store: Any = store
+        self._early: dict[str, bytes] = {}
+        self._last_number: dict[str, int] = {}  # put into each box
 
     def put(self, key: str, value: bytes) -> None:
         """One request, without an answer."""
-        self._store.queue_push(key, value)
+        box, _, number = key.rpartition("/")
+        self._last_number[box] = int(number)
+        self._push(box, number, value)
+
+    def _push(self, box: str, number: str, value: bytes) -> None:
+        self._store.queue_push(box, number.encode() + b":" + value)
 
     def take(self, key: str, deadline: Deadline) -> bytes | None:
         """One request a slice."""
-        taken: list[bytes] = []
+        box, _, number = key.rpartition("/")
+        while key not in self._early:
+            found = self._pop(box, deadline)
+            if found is None:
+                return None
+            its_number, colon, value = found.partition(b":")
+            if not (colon and its_number.isdigit()):
+                raise MessageError(f"{box}: holds {found[:40]!r}, which no rank of refdist writes")
+            # a lower number is a note about a value that came all the same
+            if int(its_number) >= int(number):
+                self._early[f"{box}/{its_number.decode()}"] = value
+        return self._early.pop(key)
+
+    def replace(self, key: str, value: bytes) -> bool:
+        """One request for a value that was taken; three for one that was not, as a rule."""
+        box, _, number = key.rpartition("/")
+        length = self._store.queue_len(box)
+        # the reader takes values in order, so those that are left are the last
+        if int(number) <= self._last_number[box] - length:
+            return False
+        for _ in range(length):
+            found = self._pop_at_once(box)
+            if found is None:
+                return False
+            if found.startswith(number.encode() + b":"):
+                self._push(box, number, value)
+                return True
+            self._store.queue_push(box, found)
+        return False
+
+    def _pop(self, box: str, deadline: Deadline) -> bytes | None:
+        found: list[bytes] = []
 
         def pop(seconds: timedelta) -> None:
             # a pop waits for as long as the store says
             self._store.set_timeout(seconds)
-            taken.append(self._store.queue_pop(key))
+            found.append(self._store.queue_pop(box))
 
         usual = self._store.timeout
         try:
-            return taken[0] if wait_in_slices(pop, deadline) else None
+            # a store that is slow to answer may let the last slice run out for nothing
+            return found[0] if wait_in_slices(pop, deadline) else self._pop_at_once(box)
         finally:
             self._store.set_timeout(usual)
 
-    def withdraw(self, key: str) -> bool:
-        """Two requests."""
-        if self._store.queue_len(key) == 0:
-            return False
+    def _pop_at_once(self, box: str) -> bytes | None:
+        if self._store.queue_len(box) == 0:
+            return None
         try:
-            self._store.queue_pop(key, block=False)
-            return True
+            value: bytes = self._store.queue_pop(box, block=False)
+            return value
         except RuntimeError as error:
-            # torch's QueueEmptyError: the reader was faster
+            # torch's QueueEmptyError: someone was faster
             if "queue is empty" in str(error):
-                return False
+                return None
             raise
 
 
 class KeyBoxes:
-    """Boxes of any store."""
+    """Boxes of any store.
+
+    A reader and a writer that want the same value both compare it, and only one of them succeeds.
+    """
+
+    _TAKEN = b"\0taken"
 
     def __init__(self, store: Store) -> None:
         self._store: Any = store
@@ -79,17 +132,22 @@ class KeyBoxes:
         self._store.set(key, value)
 
     def take(self, key: str, deadline: Deadline) -> bytes | None:
-        """One request a slice, and two more."""
-        while wait_for_keys(self._store, [key], deadline):
-            value = peek(self._store, key)
-            # false for one whose writer has just withdrawn it, and will put a note in its place
-            if value is not None and self._store.delete_key(key):
+        """One request a slice, and three more."""
+        while (value := wait_for_value(self._store, key, deadline)) is not None:
+            if self._store.compare_set(key, value, self._TAKEN) == self._TAKEN:
+                self._store.delete_key(key)
                 return value
         return None
 
-    def withdraw(self, key: str) -> bool:
-        """One request."""
-        return bool(self._store.delete_key(key))
+    def replace(self, key: str, value: bytes) -> bool:
+        """Two requests."""
+        present = peek(self._store, key)
+        if present is None or present == self._TAKEN:
+            return False
+        if self._store.compare_set(key, present, value) != value:
+            return False
+        self._store.set(key, value)  # wakes a reader that has begun to wait, on any server
+        return True
 
 
 def boxes_of(store: Store) -> Boxes:

@@ -26,7 +26,7 @@ from typing import TypeVar
 from torch.distributed import DistError, Store, TCPStore
 
 from refdist.errors import ConcurrentCallError, StoreConnectionError
-from refdist.waiting import Deadline
+from refdist.waiting import ANSWER_SECONDS, Deadline
 
 T = TypeVar("T")
 
@@ -44,12 +44,14 @@ class Calls:
         self._running = threading.Lock()
         self._what = ("", 0)
         self._connection: int | None = None
+        self._deadline: Deadline | None = None  # of the call that is running
         if store is not None:
             self.watch(store)
 
     def watch(self, store: Store) -> None:
-        """Give calls up that this store does not answer."""
+        """Give calls up that this store does not answer, also the one that is running."""
         self._connection = _connection_of(store)
+        self._be_watched()
 
     def run(
         self,
@@ -71,27 +73,18 @@ class Calls:
             StoreConnectionError: the store did not answer, not even that the time was over.
             BaseException: what ``function`` raises, or what the handler of SIGINT raises.
         """
-        if not self._running.acquire(blocking=False):
-            other, thread = self._what
-            raise ConcurrentCallError(
-                f"{what}: {other} is running in thread {thread}; a group is for one thread at a "
-                f"time, so form a group for each thread"
-            )
         interrupt = _Interrupt(deadline)
+        interrupt.hold()
+        # from here to let_go, no interrupt can strike between two of these lines
         error: BaseException | None = None
         try:
-            self._what = what, threading.get_ident()
-            if self._connection is not None:
-                _watchdog.watched[id(deadline)] = self, deadline
-                _watchdog.start()
-            interrupt.hold()
-            result = function()
+            result = self._run_alone(what, function, deadline)
         except BaseException as raised:
             error = raised
-        finally:
-            _watchdog.watched.pop(id(deadline), None)
+        try:
             interrupt.let_go()
-            self._running.release()
+        except BaseException as late:
+            interrupt.raised = late
         if interrupt.raised is not None:
             if error is None and unclaimed is not None:
                 unclaimed(result)
@@ -105,6 +98,28 @@ class Calls:
         if error is not None:
             raise error
         return result
+
+    def _run_alone(self, what: str, function: Callable[[], T], deadline: Deadline) -> T:
+        if not self._running.acquire(blocking=False):
+            other, thread = self._what
+            raise ConcurrentCallError(
+                f"{what}: {other} is running in thread {thread}; a group is for one thread at a "
+                f"time, so form a group for each thread"
+            )
+        try:
+            self._what = what, threading.get_ident()
+            self._deadline = deadline
+            self._be_watched()
+            return function()
+        finally:
+            _watchdog.watched.pop(id(self), None)
+            self._deadline = None
+            self._running.release()
+
+    def _be_watched(self) -> None:
+        if self._connection is not None and self._deadline is not None:
+            _watchdog.watched[id(self)] = self, self._deadline
+            _watchdog.start()
 
     def give_up(self) -> None:
         """Close the connection, under the request that waits for an answer."""
@@ -120,6 +135,7 @@ class _Interrupt:
         self.raised: BaseException | None = None
         self._deadline = deadline
         self._handler: Callable[[int, FrameType | None], object] | None = None
+        self._came_early = False  # a signal, before the handler was known
 
     def hold(self) -> None:
         # only the main thread gets signals, and only it may set a handler
@@ -131,6 +147,8 @@ class _Interrupt:
         else:
             # SIGINT is ignored, or ends the process, or belongs to code that is not Python
             _set_handler(_SIGINT, handler)
+        if self._came_early:
+            signal.raise_signal(_SIGINT)
 
     def let_go(self) -> None:
         if self._handler is not None:
@@ -138,6 +156,7 @@ class _Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._handler is None:
+            self._came_early = True
             return
         try:
             self._handler(number, frame)
@@ -161,8 +180,13 @@ class _Watchdog:
 
     def _look(self) -> None:
         while True:
+            before = time.monotonic()
             time.sleep(_WATCH_SECONDS)
+            # this process was stopped itself, and the store may have answered meanwhile
+            overslept = time.monotonic() - before > _WATCH_SECONDS + ANSWER_SECONDS / 2
             for calls, deadline in list(self.watched.values()):
+                if overslept:
+                    deadline.store_answers()
                 if deadline.patience() <= 0 and not deadline.given_up:
                     deadline.given_up = True
                     calls.give_up()

@@ -90,7 +90,7 @@ def broadcast(source: int, number: int) -> str:
 
 def broadcast_copy(source: int, number: int, destination: int) -> str:
     """What one reader gets of a broadcast. As ``message``."""
-    return f"broadcast/{source}/{number}/{destination}"
+    return f"broadcast/{source}/to/{destination}/{number}"
 
 
 def broadcast_readers(source: int, number: int) -> str:
@@ -108,12 +108,9 @@ def chunk(key: str, index: int) -> str:
     return f"{key}/chunk/{index}"
 
 
-def is_chunk(key: str) -> bool:
-    """Whether a key is that of a chunk."""
-    return "/chunk/" in key
+def expired(owner: str) -> str:
+    """A large message or broadcast expired while it was read. Written by the source.
 
-
-def owner(key: str) -> str:
-    """The message or broadcast that a box or a chunk belongs to."""
-    kind, *numbers = key.split("/")
-    return "/".join([kind, *numbers[: 3 if kind == "message" else 2]])
+    Deleted by the reader of a message; that of a broadcast stays, one for each source.
+    """
+    return f"{owner.rpartition('/')[0]}/expired"

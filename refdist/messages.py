@@ -24,7 +24,7 @@ from torch.distributed import Store
 
 from refdist import keys
 from refdist.errors import MessageError, MessageExpiredError, MessageTimeoutError
-from refdist.waiting import CancelledWaitError, Deadline, peek, wait_for_keys
+from refdist.waiting import SLICE_SECONDS, CancelledWaitError, Deadline, peek, wait_for_value
 
 CHUNK_BYTES = 256 * 2**10
 """The most that is written under one key."""
@@ -111,19 +111,14 @@ def failure(reason: str) -> bytes:
     return _FAILED + reason.encode()
 
 
-def is_large(value: bytes) -> bool:
-    """Whether a value is followed by chunks."""
-    return value[:1] == _LARGE
-
-
 def expired(seconds: float) -> bytes:
     """A value that says why there is no object any more."""
     return _EXPIRED + f"expired unread after {seconds:g} s".encode()
 
 
-def write_note(store: Store, key: str, note: bytes) -> None:
-    """Write, in place of a chunk, why there is none."""
-    _set(store, key, note)
+def write_expired(store: Store, key: str, seconds: float) -> None:
+    """Tell who has begun to read the chunks under ``key`` that the rest has expired."""
+    _set(store, keys.expired(key), _number_of(key).encode() + b":" + expired(seconds))
 
 
 def lengths_of(value: bytes) -> list[int]:
@@ -203,7 +198,7 @@ def _read_parts(store: Store, key: str, lengths: list[int], deadline: Deadline) 
     views = [memoryview(part) for part in parts if part]
     left = sum(lengths)
     for chunk_key in chunk_keys(key, lengths):
-        chunk = _read_chunk(store, chunk_key, deadline)
+        chunk = _read_chunk(store, key, chunk_key, deadline)
         if len(chunk) != min(left, CHUNK_BYTES):
             raise MessageError(f"{chunk_key}: holds {len(chunk)} bytes, not as many as it should")
         left -= len(chunk)
@@ -216,16 +211,27 @@ def _read_parts(store: Store, key: str, lengths: list[int], deadline: Deadline) 
     return parts
 
 
-def _read_chunk(store: Store, key: str, deadline: Deadline) -> memoryview:
-    value = peek(store, key)
-    if value is None:
-        # it is still being written
-        if not wait_for_keys(store, [key], deadline):
-            raise MessageTimeoutError(f"{key}: its writer stopped before it wrote this")
-        value = peek(store, key) or b""
-    _raise_for(key, value, _CHUNK)
+def _read_chunk(store: Store, key: str, chunk_key: str, deadline: Deadline) -> memoryview:
+    deadline.slice()
+    while (value := peek(store, chunk_key)) is None:
+        # it is still being written, or it has expired
+        number, _, note = (peek(store, keys.expired(key)) or b"").partition(b":")
+        if number.isdigit() and int(number) >= int(_number_of(key)):
+            _raise_for(key, note, _CHUNK)
+        deadline.slice()
+        moment = Deadline(min(deadline.remaining(), SLICE_SECONDS))
+        value = wait_for_value(store, chunk_key, moment)
+        if value is not None:
+            break
+        if deadline.remaining() == 0:
+            raise MessageTimeoutError(f"{chunk_key}: its writer did not write this in time")
+    _raise_for(chunk_key, value, _CHUNK)
     deadline.store_answers()
     return memoryview(value)[1:]
+
+
+def _number_of(key: str) -> str:
+    return key.rpartition("/")[2]
 
 
 def _reduce_storage(storage: Any) -> Any:

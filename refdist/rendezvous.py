@@ -16,7 +16,7 @@ from refdist import keys
 from refdist.barrier import Barrier
 from refdist.calls import Calls
 from refdist.checks import check_rank
-from refdist.compat import has_store_barrier, quiet
+from refdist.compat import has_queues, has_store_barrier, quiet
 from refdist.errors import (
     BarrierError,
     GroupCreationError,
@@ -25,7 +25,7 @@ from refdist.errors import (
     name_ranks,
 )
 from refdist.store import close_quietly, connect, listen, serve
-from refdist.waiting import Deadline, decide, peek, wait_for_keys
+from refdist.waiting import Deadline, decide, peek, wait_for_keys, wait_for_value
 
 _GONE = b"gone"
 _GRACE_SECONDS = 1.0
@@ -105,6 +105,8 @@ def _meet(
                 where = f"{host}:{store.port}"
                 return store, join(store, rank, world_size, deadline, where)
             except (StoreConnectionError, _LeftoverStoreError) as error:
+                if deadline.given_up:
+                    raise
                 if rank == 0 or deadline.remaining() == 0:
                     raise GroupCreationError(f"rank {rank} was not let in: {error}") from error
         del store
@@ -173,7 +175,7 @@ def _register(store: Store, rank: int, world_size: int, deadline: Deadline, wher
     process = {"host": socket.gethostname(), "pid": os.getpid()}
     me = process | {
         "world_size": world_size,
-        "store_barrier": has_store_barrier(store),
+        "features": [has_store_barrier(store), has_queues(store)],
         "torch": str(torch.__version__),
         "token": os.urandom(8).hex(),
     }
@@ -185,8 +187,8 @@ def _register(store: Store, rank: int, world_size: int, deadline: Deadline, wher
     if holder == _GONE:
         raise _LeftoverStoreError(f"the group on {where} is ending")
     if holder != proposal:
-        other = json.loads(holder)
-        taken = f"is taken on {where} by process {other['pid']} of {other['host']}"
+        other = _read_member(holder, rank, where)
+        taken = f"is taken on {where} by process {other.get('pid')} of {other.get('host')}"
         if process.items() <= other.items():
             # this process was that rank before; a group of its own is no rival of the next one
             raise _LeftoverStoreError(f"rank={rank}: {taken}, which is this one")
@@ -195,22 +197,34 @@ def _register(store: Store, rank: int, world_size: int, deadline: Deadline, wher
 
 def _check_rank_0(store: Store, me: dict[str, Any], deadline: Deadline, where: str) -> None:
     """Refuse to join a group whose rank 0 has another one in mind."""
-    if not wait_for_keys(store, [keys.member(0)], deadline):
+    written = wait_for_value(store, keys.member(0), deadline)
+    if written is None:
         raise GroupCreationError(
             f"rank 0 did not come to {where} within {deadline.allowed:g} s", missing=[0]
         )
-    rank_0 = json.loads(peek(store, keys.member(0)) or b"{}")
+    if written == _GONE:
+        raise _LeftoverStoreError(f"the group on {where} is ending")
+    rank_0 = _read_member(written, 0, where)
     world_size = me["world_size"]
     if rank_0.get("world_size") != world_size:
         raise ValueError(
             f"world_size={world_size}: rank 0 formed the group on {where} with "
             f"{rank_0.get('world_size')}"
         )
-    if rank_0.get("store_barrier") != me["store_barrier"]:
+    if rank_0.get("features") != me["features"]:
         raise ValueError(
             f"torch {me['torch']}: rank 0 on {where} has torch {rank_0.get('torch')}, and only "
-            f"one of them has Store.barrier; all ranks must have it, or none"
+            f"one of them has Store.barrier, or queues; all ranks must have the same"
         )
+
+
+def _read_member(written: bytes, rank: int, where: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(written))
+    except (ValueError, TypeError) as error:
+        raise GroupCreationError(
+            f"rank {rank} on {where} is held by {written[:40]!r}, which no rank of refdist writes"
+        ) from error
 
 
 def _let_others_read(store: Store, rank: int, world_size: int, error: BarrierError) -> None:

@@ -23,6 +23,7 @@ from refdist.compat import tcp_store_of
 from refdist.errors import (
     BarrierError,
     MessageError,
+    MessageExpiredError,
     MessageTimeoutError,
     StoreConnectionError,
     letting_go,
@@ -30,7 +31,7 @@ from refdist.errors import (
 from refdist.phases import PhaseEvent
 from refdist.rendezvous import leave, listening, meet
 from refdist.tensors import check_cpu, check_like, fill, own_copy, reduction
-from refdist.waiting import CancelledWaitError, Deadline
+from refdist.waiting import CancelledWaitError, Deadline, peek
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class StatelessProcessGroup:
         recv_src_counter: messages received, for each source.
         broadcast_send_counter: broadcasts sent.
         broadcast_recv_src_counter: broadcasts received, for each source.
-        entries: keys that this rank has written and their times (monotonic), oldest first.
+        entries: what this rank has sent, as keys, and their times (monotonic), oldest first.
         events: set it to a list, and each phase of each barrier is appended as a PhaseEvent.
 
     Source: the specification of ``vllm.distributed.utils``.
@@ -109,7 +110,8 @@ class StatelessProcessGroup:
         self._boxes = boxes_of(self.store)
         self._gathered_keys: list[str] = []  # of large values, to delete after the next gather
         self._unclaimed: dict[Any, Any] = {}  # received as the receiver was interrupted
-        self._half_read: dict[str, bytes] = {}  # taken out, but interrupted in the chunks
+        self._half_read: dict[str, bytes] = {}  # taken out, but the chunks are still to be read
+        self._large: dict[str, tuple[list[str], list[str]]] = {}  # boxes and chunks, by message
         self._closed = False
         self._release_socket: Callable[[], object] = lambda: (
             None
@@ -269,19 +271,28 @@ class StatelessProcessGroup:
         """
         src = self._check_peer("src", src)
         deadline = self._deadline("recv_obj", timeout)
-        key = keys.message(src, self.rank, self.recv_src_counter[src])
 
         def receive() -> Any:
+            key = keys.message(src, self.rank, self.recv_src_counter[src])
             value = self._take(key, src, deadline)
             try:
-                return messages.read(self.store, key, value, deadline)
-            except CancelledWaitError:
+                obj = messages.read(self.store, key, value, deadline)
+            except (CancelledWaitError, MessageTimeoutError) as error:
                 self._half_read[key] = value
+                raise self._named(error, src) from None
+            except MessageExpiredError:
+                self.recv_src_counter[src] += 1
+                self.store.delete_key(keys.expired(key))
                 raise
-            finally:
-                if key not in self._half_read:
-                    self.recv_src_counter[src] += 1
-                    self._delete(messages.chunk_keys(key, messages.lengths_of(value)))
+            except MessageError:
+                consume(key, value)
+                raise
+            consume(key, value)
+            return obj
+
+        def consume(key: str, value: bytes) -> None:
+            self.recv_src_counter[src] += 1
+            self._delete(messages.chunk_keys(key, messages.lengths_of(value)))
 
         return self._receive("recv_obj", src, receive, deadline)
 
@@ -322,24 +333,33 @@ class StatelessProcessGroup:
         return obj
 
     def _receive_broadcast(self, src: int, deadline: Deadline) -> Any:
-        number = self.broadcast_recv_src_counter[src]
-        copy = keys.broadcast_copy(src, number, self.rank)
-        key = keys.broadcast(src, number)
 
         def receive() -> Any:
+            number = self.broadcast_recv_src_counter[src]
+            copy = keys.broadcast_copy(src, number, self.rank)
             value = self._take(copy, src, deadline)
             try:
-                return messages.read(self.store, key, value, deadline)
-            except CancelledWaitError:
+                obj = messages.read(self.store, keys.broadcast(src, number), value, deadline)
+            except (CancelledWaitError, MessageTimeoutError) as error:
                 self._half_read[copy] = value
+                raise self._named(error, src) from None
+            except MessageExpiredError:
+                self.broadcast_recv_src_counter[src] += 1
                 raise
-            finally:
-                if copy not in self._half_read:
-                    self.broadcast_recv_src_counter[src] += 1
-                    chunk_keys = messages.chunk_keys(key, messages.lengths_of(value))
-                    readers = keys.broadcast_readers(src, number)
-                    if chunk_keys and self.store.add(readers, 1) == self.world_size - 1:
-                        self._delete([*chunk_keys, readers])
+            except MessageError:
+                consume(number, value)
+                raise
+            consume(number, value)
+            return obj
+
+        def consume(number: int, value: bytes) -> None:
+            self.broadcast_recv_src_counter[src] += 1
+            chunk_keys = messages.chunk_keys(
+                keys.broadcast(src, number), messages.lengths_of(value)
+            )
+            readers = keys.broadcast_readers(src, number)
+            if chunk_keys and self.store.add(readers, 1) == self.world_size - 1:
+                self._delete([*chunk_keys, readers])
 
         return self._receive("broadcast_obj", ("broadcast", src), receive, deadline)
 
@@ -381,7 +401,8 @@ class StatelessProcessGroup:
                 value = encoded.value
                 own_key = all_keys[self.rank]
                 self._gathered_keys += messages.chunk_keys(own_key, messages.lengths_of(value))
-                messages.write_chunks(self.store, own_key, encoded, deadline)
+                with suppress(CancelledWaitError):  # which the barrier raises too, and so breaks
+                    messages.write_chunks(self.store, own_key, encoded, deadline)
             values = self._barrier.gather(value, deadline, self._record())
             found: list[Any] = []
             for rank, (key, value) in enumerate(zip(all_keys, values, strict=True)):
@@ -415,15 +436,16 @@ class StatelessProcessGroup:
     ) -> None:
         """Put an object into boxes, and its chunks, if it takes any, under ``key``."""
         self._expire_data()
-        value = encoded.value
         now = time.monotonic()
-        # an object that is given up in the middle expires all the same
-        self.entries.extend((box, now) for box in boxes)
-        self.entries.extend(
-            (chunk, now) for chunk in messages.chunk_keys(key, messages.lengths_of(value))
-        )
+        # an object whose sending is interrupted expires all the same
+        chunk_keys = messages.chunk_keys(key, messages.lengths_of(encoded.value))
+        if chunk_keys:
+            self._large[key] = boxes, chunk_keys
+            self.entries.append((key, now))
+        else:
+            self.entries.extend((box, now) for box in boxes)
         for box in boxes:
-            self._boxes.put(box, value)
+            self._boxes.put(box, encoded.value)
         messages.write_chunks(self.store, key, encoded, deadline)
 
     def _take(self, box: str, src: int, deadline: Deadline) -> bytes:
@@ -438,6 +460,13 @@ class StatelessProcessGroup:
                 [src],
             )
         return value
+
+    def _named(self, error: Exception, src: int) -> Exception:
+        """The error; a timeout says whom this rank waited for."""
+        if not isinstance(error, MessageTimeoutError):
+            return error
+        text = f"rank {self.rank} waited in vain for the rest from rank {src}: {error}"
+        return MessageTimeoutError(text, [src])
 
     def _receive(
         self, operation: str, mailbox: Any, receive: Callable[[], Any], deadline: Deadline
@@ -465,17 +494,27 @@ class StatelessProcessGroup:
 
     def _expire_data(self) -> None:
         oldest_kept = time.monotonic() - self.data_expiration_seconds
-        note = messages.expired(self.data_expiration_seconds)
-        unread = set()
         while self.entries and self.entries[0][1] < oldest_kept:
             key, _ = self.entries.popleft()
-            if not keys.is_chunk(key):
-                if self._boxes.withdraw(key):
-                    unread.add(keys.owner(key))
-                    self._boxes.put(key, note)
-            elif self.store.delete_key(key) and keys.owner(key) not in unread:
-                # who has begun to read it must not wait for the rest
-                messages.write_note(self.store, key, note)
+            boxes = self._large.pop(key, None)
+            if boxes is None:
+                self._boxes.replace(key, messages.expired(self.data_expiration_seconds))
+            else:
+                self._expire_large(key, *boxes)
+
+    def _expire_large(self, key: str, boxes: list[str], chunk_keys: list[str]) -> None:
+        note = messages.expired(self.data_expiration_seconds)
+        taken = sum(not self._boxes.replace(box, note) for box in boxes)
+        if boxes == [key]:
+            # a message; if it was taken and there are chunks, someone is reading it
+            reading = taken > 0
+        else:
+            readers = keys.broadcast_readers(self.rank, int(key.rpartition("/")[2]))
+            reading = taken > int(peek(self.store, readers) or 0)
+            self.store.delete_key(readers)
+        there = [self.store.delete_key(chunk_key) for chunk_key in chunk_keys]
+        if reading and any(there):
+            messages.write_expired(self.store, key, self.data_expiration_seconds)
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Send a small CPU tensor, of any shape and dtype, to rank ``dst``. See ``send_obj``."""

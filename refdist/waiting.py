@@ -95,8 +95,29 @@ def wait_in_slices(request: Callable[[timedelta], None], deadline: Deadline) -> 
 
 
 def wait_for_keys(store: Store, keys: Sequence[str], deadline: Deadline) -> bool:
-    """Wait until every key exists: one request a slice. See ``wait_in_slices``."""
-    return wait_in_slices(lambda seconds: store.wait(list(keys), seconds), deadline)
+    """Wait until every key exists: one request a slice. See ``wait_in_slices``.
+
+    A store that is slow to answer may let the last slice run out although the keys are there, so
+    they are looked up once more then.
+    """
+    if wait_in_slices(lambda seconds: store.wait(list(keys), seconds), deadline):
+        return True
+    return store.check(list(keys))
+
+
+def wait_for_value(store: Store, key: str, deadline: Deadline) -> bytes | None:
+    """Wait until a key has a value, and return it; None when the deadline came first.
+
+    Two requests. The libuv server of TCPStore also ends a wait when someone else compares the key
+    before it exists, so this waits again where there is no value yet.
+    """
+    while wait_for_keys(store, [key], deadline):
+        value = peek(store, key)
+        if value is None and store.check([key]):
+            value = _NEVER_WRITTEN.encode()  # so someone wrote it
+        if value is not None or deadline.remaining() == 0:
+            return value
+    return None
 
 
 def peek(store: Store, key: str) -> bytes | None:

@@ -12,7 +12,8 @@ CHECKS = {
     "lint": [*PYTHON, "ruff", "check", "."],
     "format": [*PYTHON, "ruff", "format", "--check", "."],
     "types": [*PYTHON, "mypy"],
-    "tests": [*PYTHON, "pytest", "tests"],
+    # most tests wait, for a timeout or another rank, so several run at once
+    "tests": [*PYTHON, "pytest", "-n4", "tests"],
     "notebooks": [
         *PYTHON,
         "pytest",

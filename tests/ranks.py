@@ -241,3 +241,21 @@ def interrupt(process_id: int) -> float:
     """Send SIGINT. Returns the time at which it was sent."""
     os.kill(process_id, signal.SIGINT)
     return time.monotonic()
+
+
+def second_group(
+    here: Rank,
+    group: StatelessProcessGroup,
+    native: bool,
+    before: Callable[..., None],
+    **options: Any,
+) -> StatelessProcessGroup:
+    """A second group of the same ranks, whose requests to the store are seen by ``before``.
+
+    A native one has a TCPStore of its own, so the ``Store.barrier`` of the present torch. The
+    other one has a prefix of the store of ``group``, which rules ``Store.barrier`` out.
+    """
+    if not native:
+        return here.watched_group(group, before, **options)
+    store = Watched(here.store("second group"), before)
+    return StatelessProcessGroup(here.rank, here.world_size, store, **options)

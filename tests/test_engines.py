@@ -85,17 +85,6 @@ def test_an_interrupted_engine_goes_on(engines):
     engines.view.execute("group.barrier(timeout=30)", block=True)
 
 
-def test_nothing_is_left_after_stop():
-    before = descendants()
-    engines = LocalEngines(2)
-    started = descendants() - before
-    assert set(engines.pids) < started
-    engines.stop()
-    engines.stop()
-    wait_until_gone(started, "alive after stop")
-    assert repr(engines) == "LocalEngines(n=2, stopped)"
-
-
 def test_stops_engines_that_are_stopped_or_killed():
     # rank 0 is frozen and rank 1 is dead when stop is called
     before = descendants()
@@ -107,20 +96,25 @@ def test_stops_engines_that_are_stopped_or_killed():
     wait_until_gone(started, "alive after stop")
 
 
-def test_stops_when_the_body_raises():
+def test_nothing_is_left_when_the_body_raises_and_after_another_stop():
     before = descendants()
     started = set()
+    kept = []
 
     def use_and_fail():
-        with LocalEngines(1) as engines:
+        with LocalEngines(2) as engines:
+            kept.append(engines)
             started.update(descendants() - before)
-            assert engines.gather("rank") == [0]
+            assert set(engines.pids) < started
+            assert engines.gather("rank") == [0, 1]
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         use_and_fail()
     assert started
+    kept[0].stop()
     wait_until_gone(started, "alive after an error")
+    assert repr(kept[0]) == "LocalEngines(n=2, stopped)"
 
 
 def test_engines_end_with_the_process_that_started_them():

@@ -7,10 +7,12 @@ import socket
 import threading
 import time
 from collections import deque
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import LOCAL, run_ranks, run_threads
 from torch.distributed import HashStore, PrefixStore
@@ -20,6 +22,7 @@ from refdist import (
     GroupCreationError,
     StatelessProcessGroup,
     StoreConnectionError,
+    compat,
     create_tcp_store,
     rendezvous,
 )
@@ -202,6 +205,7 @@ def test_own_socket_is_closed_with_the_group():
 
 
 def _come_without_the_last(here, world_size, timeout):
+    here.meet("start")
     start = time.monotonic()
     with here.place("group") as (port, listener), pytest.raises(GroupCreationError) as caught:
         create(port, here.rank, world_size, store_timeout=timeout, listen_socket=listener)
@@ -210,14 +214,14 @@ def _come_without_the_last(here, world_size, timeout):
 
 @pytest.mark.parametrize(("came", "world_size"), [(1, 2), (2, 4), (3, 4)])
 def test_missing_ranks_end_the_creation(came, world_size):
-    results = run_ranks(_come_without_the_last, came, world_size, 3)
+    results = run_ranks(_come_without_the_last, came, world_size, 2)
     absent = tuple(range(came, world_size))
     names = "rank 1" if world_size == 2 else "ranks 2 and 3" if came == 2 else "rank 3"
     for text, missing, port, seconds in results:
-        assert f"{came} of {world_size} ranks came to {LOCAL}:{port} within 3 s" in text
+        assert f"{came} of {world_size} ranks came to {LOCAL}:{port} within 2 s" in text
         assert f"missing: {names}" in text
         assert missing == absent
-        assert seconds < 3 + SLACK
+        assert seconds < 2 + SLACK
 
 
 # Rank 1: StoreConnectionError within the timeout, naming the address.
@@ -252,7 +256,7 @@ def _try_again(here, own_socket):
             listener = None
         if here.rank < 2:
             with pytest.raises(GroupCreationError, match=r"2 of 3 ranks .*missing: rank 2") as kept:
-                create(port, here.rank, 3, store_timeout=3, listen_socket=listener)
+                create(port, here.rank, 3, store_timeout=2, listen_socket=listener)
             assert kept.value.missing == (2,)
         here.meet("second attempt")
         with create(port, here.rank, 3, listen_socket=listener) as group:
@@ -317,9 +321,10 @@ def test_host_of_another_machine():
 
 
 def _come_as(here, ranks):
+    here.meet("start")
     with here.place("group") as (port, listener):
         try:
-            create(port, ranks[here.rank], 3, store_timeout=3, listen_socket=listener)
+            create(port, ranks[here.rank], 3, store_timeout=2, listen_socket=listener)
         except (ValueError, GroupCreationError) as error:
             return type(error).__name__, str(error), os.getpid()
 
@@ -340,8 +345,9 @@ def test_a_rank_that_is_taken():
 def _come_with_size(here, sizes):
     with here.place("group") as (port, listener):
         size = sizes[here.rank]
+        here.meet("start")
         try:
-            create(port, here.rank, size, store_timeout=3, listen_socket=listener)
+            create(port, here.rank, size, store_timeout=2, listen_socket=listener)
         except (ValueError, GroupCreationError) as error:
             return type(error).__name__, str(error)
 
@@ -521,6 +527,54 @@ def test_groups_with_prefixes_do_not_see_each_other():
     for name in "ab":
         assert first[name] == [(name, 0), (name, 1)]
         assert second[name] == [(name, 0), (name, 1), f"{name} message", f"{name} broadcast"]
+
+
+# Rank 1 does without Store.barrier, or rank 0 does, as an older torch would: the two could not meet
+# in a barrier. Rank 1 is told why, and rank 0 misses it.
+
+
+def _come_without_store_barrier(here, without):
+    switched_off = compat.switched_off(compat.STORE_BARRIER)
+    with here.place("group") as (port, listener):
+        here.meet("start")
+        with switched_off if here.rank == without else nullcontext():
+            try:
+                create(port, here.rank, 2, store_timeout=2, listen_socket=listener)
+            except (ValueError, GroupCreationError) as error:
+                return type(error), str(error)
+
+
+@pytest.mark.skipif(
+    not compat.store_features()[compat.STORE_BARRIER], reason="this torch has no Store.barrier"
+)
+@pytest.mark.parametrize("without", [0, 1])
+def test_only_one_rank_has_store_barrier(without):
+    (kind_0, text_0), (kind_1, text_1) = run_ranks(_come_without_store_barrier, 2, without)
+    assert kind_0 is GroupCreationError and "missing: rank 1" in text_0
+    version = re.escape(torch.__version__)
+    assert kind_1 is ValueError
+    assert re.match(rf"torch {version}: rank 0 on {LOCAL}:\d+ has torch {version}, and on", text_1)
+    assert "Store.barrier, or queues; all ranks must have the same" in text_1
+
+
+# Rank 1 does without queues: it and rank 0 would put messages where the other never looks.
+# Rank 1 is told why, and rank 0 misses it.
+
+
+def _come_without_queues(here, without):
+    switched_off = compat.switched_off(compat.QUEUES)
+    with here.place("group") as (port, listener):
+        here.meet("start")
+        with switched_off if here.rank == without else nullcontext():
+            try:
+                create(port, here.rank, 2, store_timeout=2, listen_socket=listener).close()
+            except (ValueError, GroupCreationError) as error:
+                return type(error)
+
+
+@pytest.mark.skipif(not compat.store_features()[compat.QUEUES], reason="this torch has no queues")
+def test_only_one_rank_has_queues():
+    assert run_ranks(_come_without_queues, 2, 1) == [GroupCreationError, ValueError]
 
 
 def test_host_and_port_need_a_tcp_store():

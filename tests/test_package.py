@@ -166,7 +166,9 @@ def documented_things():
                     yield f"{name}.{member_name}", member
 
 
-@pytest.mark.parametrize(("name", "value"), list(documented_things()), ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("name", "value"), list(documented_things()), ids=lambda x: x if isinstance(x, str) else "-"
+)
 def test_public_things_are_documented(name, value):
     text = inspect.getdoc(value)
     # a dataclass without a docstring gets its signature as one
@@ -201,8 +203,9 @@ def test_errors_can_be_pickled(kind):
 
 LAYERS = [
     {"errors", "compat", "checks"},
-    {"waiting", "keys", "pipeline"},
-    {"barrier", "messages", "store"},
+    {"waiting", "keys", "pipeline", "tensors", "phases"},
+    {"gates", "boxes", "messages", "calls", "store", "barrier_state"},
+    {"barrier", "observer"},
     {"rendezvous"},
     {"stateless", "process_groups"},
 ]
@@ -251,6 +254,41 @@ def test_imports_point_down(level):
 def test_independent_modules_import_nothing_of_refdist():
     for name in INDEPENDENT:
         assert not [i for i in imports(modules()[name]) if i.startswith("refdist")], name
+
+
+# The benchmarks are a package of their own, with layers of its own on top of all others but those
+# for notebooks.
+
+BENCHMARK_LAYERS = [{"allreduce", "launch"}, {"control"}, {"__main__"}]
+
+
+def benchmarks():
+    return {path.stem: path for path in (PACKAGE / "benchmarks").glob("*.py")}
+
+
+def benchmark_imports(path):
+    """The modules of the benchmarks that one of them imports."""
+    nodes = [
+        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    inside = [node for node in nodes if node.module.startswith("refdist.benchmarks")]
+    names = {node.module.removeprefix("refdist.benchmarks").removeprefix(".") for node in inside}
+    direct = {a.name for node in inside if node.module == "refdist.benchmarks" for a in node.names}
+    return (names | direct) - {""}
+
+
+def test_every_benchmark_has_its_layer():
+    assert set(benchmarks()) == set().union(*BENCHMARK_LAYERS) | {"__init__"}
+    assert not imports(benchmarks()["__init__"])
+
+
+@pytest.mark.parametrize("level", range(len(BENCHMARK_LAYERS)))
+def test_benchmarks_import_what_is_below(level):
+    below = set().union(*BENCHMARK_LAYERS[:level])
+    for name in BENCHMARK_LAYERS[level]:
+        path = benchmarks()[name]
+        assert benchmark_imports(path) <= below, name
+        assert not imports(path) & {"refdist.engines", "refdist.figures"}, name
 
 
 def test_the_core_imports_torch_and_the_standard_library():
