@@ -226,7 +226,8 @@ def test_missing_ranks_are_named_in_time(native):
         assert [result is not None for result in results] == [rank in coming for rank in range(4)]
         for error, seconds in filter(None, results):
             assert error.missing == missing and f"missing: {text} of 4" in str(error)
-            assert 1.95 < seconds < 2 + SLACK
+            # of the rank that gave up; another may have come later, and have waited for less
+            assert error.elapsed > 1.95 and seconds < 2 + SLACK
 
 
 # A rank comes late to a barrier that is broken. It waits for nothing: no request to the store is
