@@ -138,7 +138,7 @@ def _groups(
     gloo = connect("gloo", partial(stateless_init_torch_distributed_process_group, backend="gloo"))
     operations: dict[tuple[str, str], Callable[[], object]] = {
         ("barrier", "refdist"): group.barrier,
-        ("barrier", "refdist without its worker"): lambda: alone.wait(60),
+        ("barrier", "refdist, protocol alone"): lambda: alone.wait(60),
         ("barrier", "gloo"): lambda: gloo.barrier().wait(),
     }
     if store_features()[STORE_BARRIER]:
