@@ -31,8 +31,8 @@ Who confirms first sees the sleepers in the state and opens the gate.
 
 Requests to the store: at most 9 a rank, of constant size, and one more for each second of waiting.
 With ``Store.barrier``, and nobody asleep, 3 a rank, 5 for the last to leave, and 6 for rank 0. When
-a barrier breaks, a rank makes up to 5 more; the one that breaks it 9, and one for each rank to look
-up the roll.
+a barrier breaks, at most 12 a rank; 16 for the one that breaks it, and two more for each rank that
+may be missing or fall asleep. In the next complete barrier rank 0 deletes the 16 keys of the epoch.
 """
 
 from torch.distributed import Store

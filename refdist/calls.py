@@ -198,7 +198,7 @@ _watchdog = _Watchdog()
 def _connection_of(store: Store) -> int | None:
     """The socket with which a store speaks to a server in another process, if it can be told.
 
-    torch shows it in the text of the store alone, in the same way on all of 2.6 to 2.15.
+    torch shows it in the text of the store alone, in the same way on 2.6, 2.13 and 2.15.
     """
     found = re.search(r"fd=(\d+).*server=<nullptr>", repr(store))
     return int(found[1]) if found and isinstance(store, TCPStore) else None

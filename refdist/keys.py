@@ -99,7 +99,10 @@ def broadcast_readers(source: int, number: int) -> str:
 
 
 def gathered_value(rank: int, number: int) -> str:
-    """A large value that a rank gave to a gather. Deleted by it when a later gather completes."""
+    """A large value that a rank gave to a gather. Deleted by it when everyone has read it.
+
+    If the gather broke, it is deleted with that of a later one.
+    """
     return f"gather/{rank}/{number}"
 
 

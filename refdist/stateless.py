@@ -59,9 +59,9 @@ class StatelessProcessGroup:
 
     Every method that waits can be interrupted (SIGINT), which ends it within two seconds, and the
     group works afterwards. Every method ends in time. It raises StoreConnectionError when the store
-    is lost, and also when the store does not answer by half a second after the timeout, because
-    the process of rank 0 is stopped or out of reach; what the method began may then take place
-    when rank 0 goes on.
+    is lost, and also when the store has not answered a second after the timeout, because the
+    process of rank 0 is stopped or out of reach. The group is lost then on this rank, and what the
+    method began may still take place when rank 0 goes on.
 
     Objects travel as pickles: whoever can write to the store can run code on every rank, so let it
     listen only where you trust the network.
@@ -113,9 +113,8 @@ class StatelessProcessGroup:
         self._half_read: dict[str, bytes] = {}  # taken out, but the chunks are still to be read
         self._large: dict[str, tuple[list[str], list[str]]] = {}  # boxes and chunks, by message
         self._closed = False
-        self._release_socket: Callable[[], object] = lambda: (
-            None
-        )  # a socket that was passed in stays its owner's
+        # a socket that was passed in stays its owner's
+        self._release_socket: Callable[[], object] = lambda: None
 
     @staticmethod
     def create(
@@ -274,25 +273,15 @@ class StatelessProcessGroup:
 
         def receive() -> Any:
             key = keys.message(src, self.rank, self.recv_src_counter[src])
-            value = self._take(key, src, deadline)
-            try:
-                obj = messages.read(self.store, key, value, deadline)
-            except (CancelledWaitError, MessageTimeoutError) as error:
-                self._half_read[key] = value
-                raise self._named(error, src) from None
-            except MessageExpiredError:
-                self.recv_src_counter[src] += 1
-                self.store.delete_key(keys.expired(key))
-                raise
-            except MessageError:
-                consume(key, value)
-                raise
-            consume(key, value)
-            return obj
 
-        def consume(key: str, value: bytes) -> None:
-            self.recv_src_counter[src] += 1
-            self._delete(messages.chunk_keys(key, messages.lengths_of(value)))
+            def consume(value: bytes | None) -> None:
+                self.recv_src_counter[src] += 1
+                if value is None:
+                    self.store.delete_key(keys.expired(key))
+                else:
+                    self._delete(messages.chunk_keys(key, messages.lengths_of(value)))
+
+            return self._take_object(key, key, src, consume, deadline)
 
         return self._receive("recv_obj", src, receive, deadline)
 
@@ -333,33 +322,19 @@ class StatelessProcessGroup:
         return obj
 
     def _receive_broadcast(self, src: int, deadline: Deadline) -> Any:
-
         def receive() -> Any:
             number = self.broadcast_recv_src_counter[src]
-            copy = keys.broadcast_copy(src, number, self.rank)
-            value = self._take(copy, src, deadline)
-            try:
-                obj = messages.read(self.store, keys.broadcast(src, number), value, deadline)
-            except (CancelledWaitError, MessageTimeoutError) as error:
-                self._half_read[copy] = value
-                raise self._named(error, src) from None
-            except MessageExpiredError:
-                self.broadcast_recv_src_counter[src] += 1
-                raise
-            except MessageError:
-                consume(number, value)
-                raise
-            consume(number, value)
-            return obj
+            key = keys.broadcast(src, number)
 
-        def consume(number: int, value: bytes) -> None:
-            self.broadcast_recv_src_counter[src] += 1
-            chunk_keys = messages.chunk_keys(
-                keys.broadcast(src, number), messages.lengths_of(value)
-            )
-            readers = keys.broadcast_readers(src, number)
-            if chunk_keys and self.store.add(readers, 1) == self.world_size - 1:
-                self._delete([*chunk_keys, readers])
+            def consume(value: bytes | None) -> None:
+                self.broadcast_recv_src_counter[src] += 1
+                chunk_keys = messages.chunk_keys(key, messages.lengths_of(value or b""))
+                readers = keys.broadcast_readers(src, number)
+                if chunk_keys and self.store.add(readers, 1) == self.world_size - 1:
+                    self._delete([*chunk_keys, readers])
+
+            copy = keys.broadcast_copy(src, number, self.rank)
+            return self._take_object(copy, key, src, consume, deadline)
 
         return self._receive("broadcast_obj", ("broadcast", src), receive, deadline)
 
@@ -448,25 +423,40 @@ class StatelessProcessGroup:
             self._boxes.put(box, encoded.value)
         messages.write_chunks(self.store, key, encoded, deadline)
 
-    def _take(self, box: str, src: int, deadline: Deadline) -> bytes:
-        """What the next message of ``src`` begins with."""
-        if box in self._half_read:
-            return self._half_read.pop(box)
-        value = self._boxes.take(box, deadline)
+    def _take_object(
+        self,
+        box: str,
+        key: str,
+        src: int,
+        consume: Callable[[bytes | None], None],
+        deadline: Deadline,
+    ) -> Any:
+        """Take the next object of ``src`` out of its box; the chunks of a large one are under key.
+
+        ``consume`` gets what was in the box, or None if that has expired, once it is of no more
+        use. A timeout or an interrupt in the chunks leaves it for the next call.
+        """
+        value = self._half_read.pop(box, None) or self._boxes.take(box, deadline)
         if value is None:
             raise MessageTimeoutError(
                 f"{box}: rank {self.rank} waited in vain for this from rank {src}: "
                 f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
                 [src],
             )
-        return value
-
-    def _named(self, error: Exception, src: int) -> Exception:
-        """The error; a timeout says whom this rank waited for."""
-        if not isinstance(error, MessageTimeoutError):
-            return error
-        text = f"rank {self.rank} waited in vain for the rest from rank {src}: {error}"
-        return MessageTimeoutError(text, [src])
+        try:
+            obj = messages.read(self.store, key, value, deadline)
+        except CancelledWaitError:
+            self._half_read[box] = value
+            raise
+        except MessageTimeoutError as error:
+            self._half_read[box] = value
+            text = f"rank {self.rank} waited in vain for the rest from rank {src}: {error}"
+            raise MessageTimeoutError(text, [src]) from None
+        except MessageError as error:
+            consume(None if isinstance(error, MessageExpiredError) else value)
+            raise
+        consume(value)
+        return obj
 
     def _receive(
         self, operation: str, mailbox: Any, receive: Callable[[], Any], deadline: Deadline
@@ -592,7 +582,7 @@ class StatelessProcessGroup:
         deadline: Deadline,
         unclaimed: Callable[[T], object] | None = None,
     ) -> T:
-        """Run ``function`` in the worker, and report which operation of which rank failed."""
+        """Run ``function`` as the only call, and report which operation of which rank failed."""
         self._check_open(operation)
         try:
             return self._calls.run(operation, function, deadline, unclaimed)

@@ -22,12 +22,15 @@ from refdist import StatelessProcessGroup, create_tcp_store
 
 LOCAL = "127.0.0.1"
 DEADLINE = 40.0
-_UNKNOWN = 255  # multiprocessing's exit code when another thread of the test has read the real one
 _GRACE = 5.0  # what the others have left after one rank has failed
 
 # a process is forked from one that has imported these already: milliseconds, not seconds
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "refdist", "pytest"])
+
+
+# starting a process reads the exit codes of all others, and an exit code can be read only once
+_one_thread = threading.Lock()
 
 
 class RankFailedError(AssertionError):
@@ -162,24 +165,25 @@ def run_ranks(
                 args=(there, function, rank, world_size, board.port, deadline, arguments),
                 daemon=True,
             )
-            process.start()
+            with _one_thread:
+                process.start()
             there.close()
             processes.append(process)
             pipes.append(here)
         answers, end = _collect(pipes, end)
         for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
+            _join(process, max(0.0, end - time.monotonic()))
     finally:
         for process in processes:
-            if process.is_alive():
+            if not _join(process, 0):
                 process.kill()
-            process.join(_GRACE)
+                _join(process, _GRACE)
     results, failures = [], []
     for rank, process in enumerate(processes):
         returned, value = answers.get(rank, (False, f"no answer; exit code {process.exitcode}"))
         if rank in killed and process.exitcode == -signal.SIGKILL and rank not in answers:
             returned, value = True, None
-        elif rank in killed or (returned and process.exitcode not in (0, _UNKNOWN)):
+        elif rank in killed or (returned and process.exitcode != 0):
             returned, value = False, f"returned {value!r}, then exit code {process.exitcode}"
         results.append(value)
         if not returned:
@@ -187,6 +191,14 @@ def run_ranks(
     if failures:
         raise RankFailedError("\n".join([function.__name__, *failures]))
     return results
+
+
+def _join(process: Any, seconds: float) -> bool:
+    """Wait for the end of a process. Whether it has ended."""
+    wait([process.sentinel], seconds)
+    with _one_thread:
+        process.join(0)
+        return process.exitcode is not None
 
 
 def _collect(pipes: list[Connection], end: float) -> tuple[dict[int, tuple[bool, Any]], float]:
