@@ -369,19 +369,19 @@ class StatelessProcessGroup:
 
         def gather() -> list[Any]:
             number = self._barrier.generation
-            all_keys = [keys.gathered_value(rank, number) for rank in range(self.world_size)]
             if encoded is None:
                 value = messages.failure(f"rank {self.rank} had no object to give: {failure!r}")
             else:
                 value = encoded.value
-                own_key = all_keys[self.rank]
+                own_key = keys.gathered_value(self.rank, number)
                 self._gathered_keys += messages.chunk_keys(own_key, messages.lengths_of(value))
                 with suppress(CancelledWaitError):  # which the barrier raises too, and so breaks
                     messages.write_chunks(self.store, own_key, encoded, deadline)
             values = self._barrier.gather(value, deadline, self._record())
             found: list[Any] = []
-            for rank, (key, value) in enumerate(zip(all_keys, values, strict=True)):
+            for rank, value in enumerate(values):
                 try:
+                    key = keys.gathered_value(rank, number)
                     own = rank == self.rank
                     found.append(obj if own else messages.read(self.store, key, value, deadline))
                 except MessageError as error:
