@@ -928,7 +928,7 @@ def _starts_again(here, world_size, dead):
     here.ask("refused")
     error = _outcome(lambda: group.barrier(TIMEOUT))[0]
     if here.rank == 0:
-        assert group._boxes.replace(keys.message(0, dead, 0), b"unread")
+        assert group._mailbox._boxes.replace(keys.message(0, dead, 0), b"unread")
     with here.group("smaller", members=members) as smaller:
         smaller.barrier(20)
         gathered = smaller.all_gather_obj(here.rank, 20)

@@ -7,7 +7,6 @@ import re
 import signal
 import threading
 import time
-from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import product
@@ -85,7 +84,7 @@ def group_on(here, kind, **options):
     with without_queues(kind):
         store = here.store(f"store/{kind}", use_libuv=kind != "legacy")
         group = StatelessProcessGroup(here.rank, here.world_size, store, **options)
-    assert type(group._boxes) is (QueueBoxes if kind == "queues" else KeyBoxes)
+    assert type(group._mailbox._boxes) is (QueueBoxes if kind == "queues" else KeyBoxes)
     return group
 
 
@@ -103,7 +102,9 @@ def groups_on(store, world_size, **options):
 
 def age(group, seconds):
     """Make everything that a rank has sent older."""
-    group.entries = deque((key, written - seconds) for key, written in group.entries)
+    entries = [(key, written - seconds) for key, written in group.entries]
+    group.entries.clear()
+    group.entries.extend(entries)
 
 
 def count(store, *boxes):

@@ -206,7 +206,7 @@ LAYERS = [
     {"waiting", "keys", "pipeline", "tensors", "phases"},
     {"gates", "boxes", "messages", "calls", "store", "barrier_state"},
     {"barrier", "observer"},
-    {"rendezvous"},
+    {"rendezvous", "mailbox", "gathering"},
     {"stateless", "process_groups"},
 ]
 INDEPENDENT = {"tensor_parallel", "polling"}
