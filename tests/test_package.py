@@ -259,7 +259,7 @@ def test_independent_modules_import_nothing_of_refdist():
 # The benchmarks are a package of their own, with layers of its own on top of all others but those
 # for notebooks.
 
-BENCHMARK_LAYERS = [{"allreduce", "launch"}, {"control"}, {"__main__"}]
+BENCHMARK_LAYERS = [{"allreduce", "launch", "bare"}, {"control"}, {"__main__"}]
 
 
 def benchmarks():
