@@ -14,10 +14,9 @@ from typing import Any
 
 from torch.distributed import Store
 
-from refdist import keys, messages
-from refdist.boxes import boxes_of
+from refdist import boxes, keys, messages
 from refdist.errors import MessageError, MessageExpiredError, MessageTimeoutError
-from refdist.waiting import CancelledWaitError, Deadline, peek
+from refdist.waiting import CancelledWaitError, Deadline
 
 
 class Mailbox:
@@ -27,15 +26,14 @@ class Mailbox:
         """``entries`` gets a key and the time, monotonic, of all that is sent."""
         self._store = store
         self._rank = rank
-        self._boxes = boxes_of(store)
         self._entries = entries
         self._half_read: dict[str, bytes] = {}  # taken out, but the chunks are still to be read
-        self._large: dict[str, tuple[list[str], list[str]]] = {}  # boxes and chunks, by message
+        self._large: dict[str, tuple[list[str], list[str]]] = {}  # copies and chunks, by message
 
     def send(
-        self, key: str, boxes: list[str], encoded: messages.Encoded, deadline: Deadline
+        self, key: str, copies: list[str], encoded: messages.Encoded, deadline: Deadline
     ) -> None:
-        """Put an object into boxes, and its chunks, if it takes any, under ``key``.
+        """Put copies of an object into boxes, and its chunks, if it takes any, under ``key``.
 
         Raises:
             CancelledWaitError: the deadline was cancelled. The readers get a MessageError.
@@ -44,12 +42,12 @@ class Mailbox:
         # an object whose sending is interrupted expires all the same
         chunk_keys = messages.chunk_keys(key, messages.lengths_of(encoded.value))
         if chunk_keys:
-            self._large[key] = boxes, chunk_keys
+            self._large[key] = copies, chunk_keys
             self._entries.append((key, now))
         else:
-            self._entries.extend((box, now) for box in boxes)
-        for box in boxes:
-            self._boxes.put(box, encoded.value)
+            self._entries.extend((copy, now) for copy in copies)
+        for copy in copies:
+            boxes.put(self._store, copy, encoded.value)
         messages.write_chunks(self._store, key, encoded, deadline)
 
     def receive(
@@ -71,7 +69,7 @@ class Mailbox:
             MessageError: it is no object.
             CancelledWaitError: the deadline was cancelled.
         """
-        value = self._half_read.pop(box, None) or self._boxes.take(box, deadline)
+        value = self._half_read.pop(box, None) or boxes.take(self._store, box, deadline)
         if value is None:
             raise MessageTimeoutError(
                 f"{box}: rank {self._rank} waited in vain for this from rank {src}: "
@@ -106,20 +104,18 @@ class Mailbox:
             if key in self._large:
                 self._expire_large(key, *self._large.pop(key), seconds)
             else:
-                self._boxes.replace(key, messages.expired(seconds))
+                boxes.replace(self._store, key, messages.expired(seconds))
 
     def _expire_large(
-        self, key: str, boxes: list[str], chunk_keys: list[str], seconds: float
+        self, key: str, copies: list[str], chunk_keys: list[str], seconds: float
     ) -> None:
-        note = messages.expired(seconds)
-        taken = sum(not self._boxes.replace(box, note) for box in boxes)
-        if boxes == [key]:
-            # a message; if it was taken and there are chunks, someone is reading it
-            reading = taken > 0
-        else:
-            readers = keys.broadcast_readers(self._rank, int(key.rpartition("/")[2]))
-            reading = taken > int(peek(self._store, readers) or 0)
-            self._store.delete_key(readers)
+        for copy in copies:
+            boxes.replace(self._store, copy, messages.expired(seconds))
+        if copies != [key]:
+            # a broadcast
+            number = int(key.rpartition("/")[2])
+            self._store.delete_key(keys.broadcast_readers(self._rank, number))
         there = [self._store.delete_key(chunk_key) for chunk_key in chunk_keys]
-        if reading and any(there):
+        if any(there):
+            # someone may be reading them
             messages.write_expired(self._store, key, seconds)

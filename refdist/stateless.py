@@ -372,10 +372,10 @@ class StatelessProcessGroup:
         return found
 
     def _send(
-        self, key: str, boxes: list[str], encoded: messages.Encoded, deadline: Deadline
+        self, key: str, copies: list[str], encoded: messages.Encoded, deadline: Deadline
     ) -> None:
         self._mailbox.expire(self.data_expiration_seconds)
-        self._mailbox.send(key, boxes, encoded, deadline)
+        self._mailbox.send(key, copies, encoded, deadline)
 
     def _receive(
         self, operation: str, mailbox: Any, receive: Callable[[], Any], deadline: Deadline

@@ -23,6 +23,7 @@ from refdist import (
     MessageTimeoutError,
     StatelessProcessGroup,
     StoreConnectionError,
+    boxes,
     compat,
     create_tcp_store,
     keys,
@@ -41,7 +42,7 @@ ASLEEP = 1 << 48  # from here on, the state of a barrier counts those asleep
 pytestmark = pytest.mark.xdist_group("failures")
 
 # With what torch offers, and without, as on an old one.
-WITHOUT = [(compat.STORE_BARRIER, compat.QUEUES)]
+WITHOUT = [(compat.STORE_BARRIER,)]
 with_and_without = pytest.mark.parametrize(
     "without",
     [
@@ -53,7 +54,7 @@ with_and_without = pytest.mark.parametrize(
                 reason="this torch has no Store.barrier",
             ),
         ),
-        pytest.param((compat.STORE_BARRIER, compat.QUEUES), id="keys"),
+        pytest.param((compat.STORE_BARRIER,), id="keys"),
     ],
 )
 
@@ -395,11 +396,10 @@ def _dies_in_a_message(here, dead, call, step, without):
     waits = []
 
     def is_put(request, key, box):
-        # a queue has the name of the box, without the number
-        return (request, key) in (("set", box), ("queue_push", box.rpartition("/")[0]))
+        return (request, key) == ("set", box)
 
     def comes(request, key, value):
-        writes = request in ("set", "queue_push")
+        writes = request == "set"
         peeks = request == "compare_set"
         return {
             ("send", "before"): is_put(request, key, sent),
@@ -422,7 +422,7 @@ def _dies_in_a_message(here, dead, call, step, without):
     def before(request, key=None, value=None, *_):
         if here.rank != dead:
             return
-        if step == "waiting" and request in ("wait", "queue_pop"):
+        if step == "waiting" and request == "wait":
             waits.append(key)
             if len(waits) == 2:
                 here.tell("waits", os.getpid())
@@ -559,7 +559,7 @@ def _host_dies(here, call, when):
     seen = []
 
     def before(request, key=None, *_):
-        waits = request in ("wait", "barrier", "queue_pop")
+        waits = request in ("wait", "barrier")
         if call != "send_obj" and not waits:
             return
         if call == "send_obj" and key != keys.chunk(keys.message(here.rank, 0, 0), 1):
@@ -928,7 +928,7 @@ def _starts_again(here, world_size, dead):
     here.ask("refused")
     error = _outcome(lambda: group.barrier(TIMEOUT))[0]
     if here.rank == 0:
-        assert group._mailbox._boxes.replace(keys.message(0, dead, 0), b"unread")
+        assert boxes.replace(group.store, keys.message(0, dead, 0), b"unread")
     with here.group("smaller", members=members) as smaller:
         smaller.barrier(20)
         gathered = smaller.all_gather_obj(here.rank, 20)

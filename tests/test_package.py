@@ -204,8 +204,8 @@ def test_errors_can_be_pickled(kind):
 LAYERS = [
     {"errors", "compat", "checks"},
     {"waiting", "keys", "pipeline", "tensors", "phases"},
-    {"gates", "boxes", "messages", "calls", "store", "barrier_state"},
-    {"barrier", "observer"},
+    {"gates", "boxes", "calls", "store", "barrier_state"},
+    {"barrier", "observer", "messages"},
     {"rendezvous", "mailbox", "gathering"},
     {"stateless", "process_groups"},
 ]
