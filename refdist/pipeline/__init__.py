@@ -10,9 +10,9 @@ measurement. ``python -m refdist.pipeline`` prints a comparison.
 from refdist.pipeline.best import OBJECTIVES, BestPartition, best_partition
 from refdist.pipeline.catalog import DEVICES, MODELS, Device, find_device, find_model
 from refdist.pipeline.compare import Assessment, assess, compare, table
-from refdist.pipeline.cost import Serving
 from refdist.pipeline.models import GroupedQueryAttention, LatentAttention, Model
 from refdist.pipeline.rules import RULES, Rule, faults, own_count_times_rank
+from refdist.pipeline.serving import Serving
 from refdist.pipeline.specification import PARTITION_VARIABLE, get_pp_indices
 
 __all__ = [

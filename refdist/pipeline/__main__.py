@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from refdist.pipeline.best import OBJECTIVES, best_partition
 from refdist.pipeline.catalog import DEVICES, MODELS, find_device, find_model
 from refdist.pipeline.compare import compare, table
-from refdist.pipeline.cost import Serving, room_bytes
+from refdist.pipeline.cost import room_bytes
+from refdist.pipeline.serving import Serving
 
 _BYTES = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5}
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from refdist.checks import check_integer
 from refdist.pipeline.catalog import Device
-from refdist.pipeline.cost import Serving, room_bytes, weight_bytes
+from refdist.pipeline.cost import room_bytes, weight_bytes
 from refdist.pipeline.models import Model
 from refdist.pipeline.search import Search
+from refdist.pipeline.serving import Serving
 from refdist.pipeline.specification import PARTITION_VARIABLE
 
 OBJECTIVES = ("kv_blocks", "prefill", "decode", "mix")

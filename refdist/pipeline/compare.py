@@ -7,13 +7,14 @@ from itertools import groupby
 from refdist.pipeline.best import best_partition
 from refdist.pipeline.catalog import Device
 from refdist.pipeline.cost import (
-    Serving,
     decode_tokens_per_second,
     kv_blocks,
     prefill_tokens_per_second,
+    requests_per_second,
 )
 from refdist.pipeline.models import Model
 from refdist.pipeline.rules import RULES, faults
+from refdist.pipeline.serving import Serving
 
 BEST = "best"
 """The name of the row of ``best_partition``."""
@@ -29,6 +30,7 @@ class Assessment:
         kv_blocks: of the pipeline; 0 if a stage has no room.
         prefill_tokens_per_second: of a pipeline that is always full.
         decode_tokens_per_second: the same, with as many requests as the cache has room for.
+        requests_per_second: with both in turn.
         remarks: why the rule refused, or what is wrong with its answer.
     """
 
@@ -37,6 +39,7 @@ class Assessment:
     kv_blocks: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    requests_per_second: float
     remarks: tuple[str, ...] = ()
 
     @property
@@ -59,6 +62,7 @@ def assess(
         blocks,
         prefill_tokens_per_second(model, device, stages, serving),
         decode_tokens_per_second(model, device, stages, serving),
+        requests_per_second(model, device, stages, serving),
         tuple(remarks),
     )
 
@@ -83,7 +87,7 @@ def compare(
         try:
             stages = rule(model.num_hidden_layers, pp_size, model.weights)
         except ValueError as error:
-            rows.append(Assessment(name, (), 0, 0.0, 0.0, (str(error),)))
+            rows.append(Assessment(name, (), 0, 0.0, 0.0, 0.0, (str(error),)))
         else:
             rows.append(assess(name, model, device, stages, serving))
     best = best_partition(model, device, pp_size, objective, serving)
@@ -96,16 +100,17 @@ def table(rows: Sequence[Assessment]) -> str:
     width = max(len("layers"), *map(len, stages))
     lines = [
         f"{'rule':28}  {'layers':{width}}  {'KV blocks':>18}  {'prefill tokens/s':>17}  "
-        f"{'decode tokens/s':>17}"
+        f"{'decode tokens/s':>17}  {'requests/s':>17}"
     ]
     first = rows[0]
     for row, layers in zip(rows, stages, strict=True):
         cells = [f"{row.rule:28}  {layers:{width}}"]
         if row.stages:
             cells += [
-                f"{row.kv_blocks:10} {_ratio(row.kv_blocks, first.kv_blocks)}",
+                f"{row.kv_blocks:10,} {_ratio(row.kv_blocks, first.kv_blocks)}",
                 _cell(row.prefill_tokens_per_second, first.prefill_tokens_per_second),
                 _cell(row.decode_tokens_per_second, first.decode_tokens_per_second),
+                _cell(row.requests_per_second, first.requests_per_second, ".3f"),
             ]
         lines.append("  ".join([*cells, "; ".join(row.remarks)]).rstrip())
     return "\n".join(lines)
@@ -117,8 +122,8 @@ def shortened(layers_per_stage: Sequence[int]) -> str:
     return " ".join(str(count) if times == 1 else f"{times}x{count}" for count, times in runs)
 
 
-def _cell(value: float, reference: float) -> str:
-    return f"{value:9,.0f} {_ratio(value, reference)}"
+def _cell(value: float, reference: float, form: str = ",.0f") -> str:
+    return f"{value:9{form}} {_ratio(value, reference)}"
 
 
 def _ratio(value: float, reference: float) -> str:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from refdist.pipeline.catalog import DEVICES, MODELS, Device
 from refdist.pipeline.cost import (
-    Serving,
     decode_tokens_per_second,
     kv_blocks,
     kv_bytes_per_token,
@@ -14,6 +13,7 @@ from refdist.pipeline.cost import (
 )
 from refdist.pipeline.models import Model
 from refdist.pipeline.rules import lighter_ends, remainder_last
+from refdist.pipeline.serving import Serving
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 
 from refdist.pipeline.catalog import Device
 from refdist.pipeline.cost import (
-    Serving,
     sequences_per_micro_batch,
     stage_decode_seconds,
     stage_kv_blocks,
@@ -24,6 +23,7 @@ from refdist.pipeline.cost import (
 )
 from refdist.pipeline.models import Model
 from refdist.pipeline.rules import specification
+from refdist.pipeline.serving import Serving
 
 _Cost = Callable[[range], float]
 _Total = Callable[[float, float, range], float]  # from that so far and the cost of the next stage
