@@ -210,7 +210,7 @@ LAYERS = [
     {"stateless", "process_groups"},
 ]
 INDEPENDENT = {"tensor_parallel", "polling"}
-OUTER = {"engines", "figures", "partition_figures", "benchmarks"}
+OUTER = {"engines", "figures", "partition_figures", "pipeline_figures", "benchmarks"}
 FOR_NOTEBOOKS = {"matplotlib", "mpl_toolkits", "ipyparallel", "IPython", "ipywidgets", "numpy"}
 
 
