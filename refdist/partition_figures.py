@@ -104,8 +104,7 @@ def imbalance_maps(
         rows, columns, figsize=(11.5, 0.9 + 2.5 * rows), layout="constrained", dpi=_DPI,
         sharex=True, sharey=True, squeeze=False,
     )  # fmt: skip
-    colours = plt.get_cmap("cividis_r").copy()
-    colours.set_bad(alpha=0)
+    colours = plt.get_cmap("cividis_r").with_extremes(bad=(0, 0, 0, 0))
     extent = (layers[0] - 0.5, layers[-1] + 0.5, sizes[0] - 0.5, sizes[-1] + 0.5)
     for ax in axes.flat[len(maps) :]:
         ax.remove()
@@ -118,7 +117,7 @@ def imbalance_maps(
         ax.set_title(name, fontsize=10)
     fig.supxlabel("layers")
     fig.supylabel("stages")
-    bar = fig.colorbar(image, ax=axes, extend="max", shrink=0.8)
+    bar = fig.colorbar(image, ax=fig.axes, extend="max", shrink=0.8)
     bar.set_label("heaviest stage over the mean, less 1")
     fig.suptitle(f"{title} (crossed: refuses, or leaves a stage without layers)", fontsize=11)
     return _finished(fig)
