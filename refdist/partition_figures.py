@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from refdist.figures import _BLUE, _DPI, _LABEL, _ORANGE, _SKY, _VERMILION, _finished
 from refdist.pipeline import Assessment
@@ -36,7 +37,8 @@ def rules_side_by_side(rows: Sequence[Assessment], title: str = "") -> Figure:
                     fontsize=8, bbox=_LABEL,
                 )  # fmt: skip
         if row.remarks:
-            ax.text(0.01 * num_layers, number, row.remarks[0], va="center", fontsize=7, bbox=_LABEL)
+            beside = 1.01 if counts else 0.01
+            ax.text(beside * num_layers, number, row.remarks[0], va="center", fontsize=7)
     ax.set_yticks(range(len(rows)), [row.rule for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(0, num_layers)
@@ -114,6 +116,7 @@ def imbalance_maps(
             values, origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=1,
             interpolation="nearest",
         )  # fmt: skip
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(name, fontsize=10)
     fig.supxlabel("layers")
     fig.supylabel("stages")

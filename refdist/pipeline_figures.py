@@ -97,7 +97,7 @@ def predicted_against_measured(
         ax.set_xlabel("stage")
         ax.grid(axis="y", alpha=0.3)
         ax.set_axisbelow(True)
-    axes[0, 0].set_ylabel("milliseconds of a micro-batch")
+    axes[0, 0].set_ylabel("processor time of a micro-batch (ms)")
     fig.suptitle(title)
     handles = [
         Patch(facecolor=_SKY, edgecolor="black", label="predicted by roofline"),

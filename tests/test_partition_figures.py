@@ -144,7 +144,7 @@ def test_predicted_and_measured_stand_side_by_side_in_milliseconds():
     (ax,) = predicted_against_measured(TIMINGS, {"one": [0.02, 0.005]}).axes
     assert [bar.get_height() for bar in ax.patches] == pytest.approx([20, 30, 5, 10])
     assert list(ax.lines[0].get_ydata()) == pytest.approx([20, 50])
-    assert "milliseconds" in ax.get_ylabel()
+    assert "(ms)" in ax.get_ylabel()
 
 
 def test_timeline_has_a_bar_for_each_micro_batch():

@@ -1,8 +1,8 @@
 """A real pipeline of a small transformer, and the time of each of its stages.
 
 Each rank of a group is one stage. Activations travel between the stages through a
-StatelessProcessGroup, whose store is made for control messages: fine for a quarter of a megabyte, and not
-how an engine does it.
+StatelessProcessGroup. Its store is made for control messages: fine for a quarter of a megabyte, and
+not how an engine does it.
 """
 
 import os
