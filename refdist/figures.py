@@ -102,28 +102,11 @@ def keys_over_time(
     return _finished(fig)
 
 
-def stages(partitions: Mapping[int, Sequence[int]], title: str = "") -> Figure:
-    """How the layers of a model fall on pipeline stages: one row for each number of stages.
-
-    Args:
-        partitions: for each number of stages, the layers of each stage in order.
-        title: the figure's title.
-    """
-    rows = len(partitions)
-    fig, ax = plt.subplots(figsize=(10, 1.6 + 0.4 * rows), layout="constrained", dpi=_DPI)
-    _draw_stages(ax, partitions, labels=True)
-    ax.set_ylabel("pipeline stages")
-    ax.set_xlabel("layer")
-    fig.suptitle(title)
-    fig.legend(handles=_stage_legend(), loc="outside lower center", ncols=2, frameon=False)
-    return _finished(fig)
-
-
 def stages_of_models(partitions: Mapping[str, Mapping[int, Sequence[int]]]) -> Figure:
-    """The figure ``stages`` for several models, side by side, without the numbers.
+    """How the layers of models fall on stages: a panel a model, a row for each number of stages.
 
     Args:
-        partitions: for each model, what ``stages`` takes.
+        partitions: for each model and number of stages, the layers of each stage in order.
     """
     columns = 3
     rows = -(-len(partitions) // columns)
@@ -133,7 +116,7 @@ def stages_of_models(partitions: Mapping[str, Mapping[int, Sequence[int]]]) -> F
     for ax in axes.flat[len(partitions) :]:
         ax.remove()
     for ax, (model, by_size) in zip(axes.flat, partitions.items(), strict=False):
-        _draw_stages(ax, by_size, labels=False)
+        _draw_stages(ax, by_size)
         ax.tick_params(labelsize=8)
         ax.set_title(f"{model}: {sum(next(iter(by_size.values())))} layers", fontsize=10)
     fig.supxlabel("layer")
@@ -142,7 +125,7 @@ def stages_of_models(partitions: Mapping[str, Mapping[int, Sequence[int]]]) -> F
     return _finished(fig)
 
 
-def _draw_stages(ax: Axes, partitions: Mapping[int, Sequence[int]], labels: bool) -> None:
+def _draw_stages(ax: Axes, partitions: Mapping[int, Sequence[int]]) -> None:
     sizes = sorted(partitions)
     for row, size in enumerate(sizes):
         start, fewest = 0, min(partitions[size])
@@ -152,11 +135,6 @@ def _draw_stages(ax: Axes, partitions: Mapping[int, Sequence[int]], labels: bool
                 row, layers, left=start, height=0.76, color=_ORANGE if more else _SKY,
                 hatch="////" if more else "", edgecolor="black", linewidth=0.5,
             )  # fmt: skip
-            if labels and layers:
-                ax.text(
-                    start + layers / 2, row, str(layers), ha="center", va="center", fontsize=8,
-                    bbox=_LABEL,
-                )  # fmt: skip
             start += layers
     ax.set_yticks(range(len(sizes)), [str(size) for size in sizes])
     ax.invert_yaxis()

@@ -210,7 +210,7 @@ LAYERS = [
     {"stateless", "process_groups"},
 ]
 INDEPENDENT = {"tensor_parallel", "polling"}
-OUTER = {"engines", "figures", "benchmarks"}
+OUTER = {"engines", "figures", "partition_figures", "pipeline_figures", "benchmarks"}
 FOR_NOTEBOOKS = {"matplotlib", "mpl_toolkits", "ipyparallel", "IPython", "ipywidgets", "numpy"}
 
 
@@ -234,7 +234,16 @@ def imports(path):
 
 
 def modules():
-    return {path.stem: path for path in PACKAGE.glob("*.py")}
+    """The files of each module; a package in these layers is one module of several files."""
+    files = {path.stem: [path] for path in PACKAGE.glob("*.py")}
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"benchmarks"}
+    return files | {name: sorted((PACKAGE / name).glob("*.py")) for name in packages}
+
+
+def module_imports(name):
+    """What a module imports, except itself."""
+    found = set().union(*(imports(path) for path in modules()[name]))
+    return found - {f"refdist.{name}"}
 
 
 def test_every_module_has_its_layer():
@@ -247,53 +256,85 @@ def test_every_module_has_its_layer():
 def test_imports_point_down(level):
     below = set().union(*LAYERS[:level])
     for name in LAYERS[level]:
-        own = {i.removeprefix("refdist.") for i in imports(modules()[name]) if "refdist" in i}
+        own = {i.removeprefix("refdist.") for i in module_imports(name) if "refdist" in i}
         assert own <= below, name
 
 
 def test_independent_modules_import_nothing_of_refdist():
     for name in INDEPENDENT:
-        assert not [i for i in imports(modules()[name]) if i.startswith("refdist")], name
+        assert not [i for i in module_imports(name) if i.startswith("refdist")], name
 
 
-# The benchmarks are a package of their own, with layers of its own on top of all others but those
-# for notebooks.
+# Two packages have layers of their own. The benchmarks are on top of all others but those for
+# notebooks.
 
-BENCHMARK_LAYERS = [{"allreduce", "launch", "bare"}, {"control"}, {"__main__"}]
+INNER_LAYERS = {
+    "pipeline": [
+        {"specification", "balance", "models", "serving"},
+        {"rules", "catalog"},
+        {"cost"},
+        {"search", "measured"},
+        {"best"},
+        {"compare", "study"},
+        {"__main__"},
+    ],
+    "benchmarks": [
+        {"allreduce", "bare", "launch", "transformer"},
+        {"control", "pipeline"},
+        {"__main__"},
+    ],
+}
 
 
-def benchmarks():
-    return {path.stem: path for path in (PACKAGE / "benchmarks").glob("*.py")}
+def inner_modules(package):
+    return {path.stem: path for path in (PACKAGE / package).glob("*.py")}
 
 
-def benchmark_imports(path):
-    """The modules of the benchmarks that one of them imports."""
+def inner_imports(package, path):
+    """The modules of a package that one of them imports."""
     nodes = [
         node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
     ]
-    inside = [node for node in nodes if node.module.startswith("refdist.benchmarks")]
-    names = {node.module.removeprefix("refdist.benchmarks").removeprefix(".") for node in inside}
-    direct = {a.name for node in inside if node.module == "refdist.benchmarks" for a in node.names}
-    return (names | direct) - {""}
+    whole = f"refdist.{package}"
+    names = {node.module.removeprefix(f"{whole}.") for node in nodes if whole in node.module}
+    direct = {a.name for node in nodes if node.module == whole for a in node.names}
+    return (names | direct) - {whole}
 
 
-def test_every_benchmark_has_its_layer():
-    assert set(benchmarks()) == set().union(*BENCHMARK_LAYERS) | {"__init__"}
-    assert not imports(benchmarks()["__init__"])
+@pytest.mark.parametrize("package", INNER_LAYERS)
+def test_every_inner_module_has_its_layer(package):
+    assert set(inner_modules(package)) == set().union(*INNER_LAYERS[package]) | {"__init__"}
 
 
-@pytest.mark.parametrize("level", range(len(BENCHMARK_LAYERS)))
-def test_benchmarks_import_what_is_below(level):
-    below = set().union(*BENCHMARK_LAYERS[:level])
-    for name in BENCHMARK_LAYERS[level]:
-        path = benchmarks()[name]
-        assert benchmark_imports(path) <= below, name
-        assert not imports(path) & {"refdist.engines", "refdist.figures"}, name
+@pytest.mark.parametrize(
+    ("package", "level"),
+    [(package, level) for package, layers in INNER_LAYERS.items() for level in range(len(layers))],
+)
+def test_inner_modules_import_what_is_below(package, level):
+    below = set().union(*INNER_LAYERS[package][:level])
+    for name in INNER_LAYERS[package][level]:
+        path = inner_modules(package)[name]
+        assert inner_imports(package, path) <= below, name
+        assert not imports(path) & {f"refdist.{outer}" for outer in OUTER - {package}}, name
+
+
+def test_benchmarks_load_nothing_before_they_are_asked_for():
+    assert not imports(inner_modules("benchmarks")["__init__"])
+
+
+def test_a_package_offers_what_its_modules_define():
+    import refdist.pipeline
+
+    for name in refdist.pipeline.__all__:
+        value = getattr(refdist.pipeline, name)
+        if callable(value):
+            text = inspect.getdoc(value)
+            assert text and not text.startswith(f"{name}("), name
 
 
 def test_the_core_imports_torch_and_the_standard_library():
     for name in set().union(*LAYERS) | INDEPENDENT | {"__init__"}:
-        foreign = {i for i in imports(modules()[name]) if not i.startswith("refdist")}
+        foreign = {i for i in module_imports(name) if not i.startswith("refdist")}
         assert foreign - set(sys.stdlib_module_names) <= {"torch"}, name
 
 
@@ -302,7 +343,7 @@ def test_only_the_outer_modules_know_the_notebooks():
         if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in OUTER:
             assert not imports(path) & FOR_NOTEBOOKS, path
     for name in (*set().union(*LAYERS), "__init__", *INDEPENDENT):
-        assert not imports(modules()[name]) & {f"refdist.{outer}" for outer in OUTER}, name
+        assert not module_imports(name) & {f"refdist.{outer}" for outer in OUTER}, name
 
 
 # Metadata: three files say what is needed, and agree.

@@ -1,4 +1,4 @@
-"""Which layers a stage of a pipeline holds."""
+"""Which layers a stage of a pipeline holds, as the specification says it."""
 
 import os
 import re
@@ -45,14 +45,15 @@ def get_pp_indices(num_hidden_layers: int, pp_rank: int, pp_size: int) -> tuple[
         raise ValueError(f"pp_rank={pp_rank}: must be in 0..{pp_size - 1} (pp_size={pp_size})")
     override = os.environ.get(PARTITION_VARIABLE)
     if override is None:
-        layers_per_stage = _spread_remainder(num_hidden_layers, pp_size)
+        layers_per_stage = spread_remainder(num_hidden_layers, pp_size)
     else:
         layers_per_stage = _parse_partition(override, num_hidden_layers, pp_size)
     start = sum(layers_per_stage[:pp_rank])
     return start, start + layers_per_stage[pp_rank]
 
 
-def _spread_remainder(num_hidden_layers: int, pp_size: int) -> list[int]:
+def spread_remainder(num_hidden_layers: int, pp_size: int) -> list[int]:
+    """How many layers each stage gets by the rule of ``get_pp_indices``, without the override."""
     quotient, remainder = divmod(num_hidden_layers, pp_size)
     layers_per_stage = [quotient] * pp_size
     for distance_from_end in range(2, remainder + 2):

@@ -1,0 +1,41 @@
+"""Pipeline partitions: the specification's function, the field's rules, their costs, and the best.
+
+``specification`` has ``get_pp_indices``. ``rules`` has the rules that engines use, and ``balance``
+the programme behind one of them. ``models`` and ``catalog`` have models and devices as data,
+``cost`` says what a partition costs on them, and ``best`` finds the one that costs least.
+``compare`` puts all of them side by side, and ``measured`` holds the cost model against a
+measurement. ``python -m refdist.pipeline`` prints a comparison.
+"""
+
+from refdist.pipeline.best import OBJECTIVES, BestPartition, best_partition
+from refdist.pipeline.catalog import DEVICES, MODELS, Device, find_device, find_model
+from refdist.pipeline.compare import Assessment, assess, compare, table
+from refdist.pipeline.models import GroupedQueryAttention, LatentAttention, Model
+from refdist.pipeline.rules import RULES, Rule, faults, own_count_times_rank
+from refdist.pipeline.serving import Serving
+from refdist.pipeline.specification import PARTITION_VARIABLE, get_pp_indices
+
+__all__ = [
+    "DEVICES",
+    "MODELS",
+    "OBJECTIVES",
+    "PARTITION_VARIABLE",
+    "RULES",
+    "Assessment",
+    "BestPartition",
+    "Device",
+    "GroupedQueryAttention",
+    "LatentAttention",
+    "Model",
+    "Rule",
+    "Serving",
+    "assess",
+    "best_partition",
+    "compare",
+    "faults",
+    "find_device",
+    "find_model",
+    "get_pp_indices",
+    "own_count_times_rank",
+    "table",
+]
