@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C import _distributed_c10d as c10d
 from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore
 
 STORE_BARRIER = "Store.barrier: a barrier in one request"
@@ -105,6 +106,39 @@ def shut_down(group: ProcessGroup) -> None:
         shutdown = getattr(group._get_backend(device), "_shutdown", None)
         if shutdown is not None:
             shutdown()
+
+
+def symmetric_memory(
+    group: ProcessGroup, device: torch.device, dtype: torch.dtype, count: int
+) -> torch.Tensor:
+    """A tensor on each rank's GPU that all ranks of the group can read. All ranks call this.
+
+    torch 2.11 to 2.15 find the group by the name under which it is registered. On 2.6 they look
+    it up among the groups of the global state.
+
+    Raises:
+        ValueError: this torch cannot, or the group is not registered.
+        RuntimeError: the GPUs cannot reach each other's memory.
+    """
+    if torch.__version__ < torch.torch_version.TorchVersion("2.11"):
+        raise ValueError(f"torch {torch.__version__}: has symmetric memory for global groups only")
+    from torch.distributed import _symmetric_memory as module
+
+    if not hasattr(torch.ops.symm_mem, "two_shot_all_reduce_"):
+        raise ValueError(f"torch {torch.__version__}: was built without symmetric memory")
+    if registered_group(group.group_name) is not group:
+        raise ValueError("group: is not registered; create it with a group_name")
+    tensor = module.empty(count, dtype=dtype, device=device)
+    module.rendezvous(tensor, group.group_name)
+    return tensor
+
+
+def registered_group(name: Any) -> ProcessGroup | None:
+    """The group that torch knows under a name."""
+    try:
+        return c10d._resolve_process_group(name)
+    except RuntimeError:
+        return None
 
 
 @cache

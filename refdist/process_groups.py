@@ -216,7 +216,7 @@ def stateless_init_torch_distributed_process_group(
     Source: the specification of ``vllm.distributed.utils``.
     """
     name = _check_backend(backend)
-    if group_name is not None and _registered(group_name) is not None:
+    if group_name is not None and compat.registered_group(group_name) is not None:
         raise ValueError(f"group_name={group_name!r}: is taken by another group of this process")
     seconds = (_BACKENDS[name][1] if timeout is None else timeout).total_seconds()
     with listening(host, port, rank, listen_socket) as listener:
@@ -241,7 +241,7 @@ def stateless_destroy_torch_distributed_process_group(pg: ProcessGroup) -> None:
     other ranks are not waited for.
     """
     compat.shut_down(pg)
-    if _registered(pg.group_name) is pg:
+    if compat.registered_group(pg.group_name) is pg:
         c10d._unregister_process_group(pg.group_name)
 
 
@@ -277,14 +277,6 @@ def cpu_all_reduce_(
 def _register(group: ProcessGroup, name: Any) -> None:
     group._set_group_name(name)
     c10d._register_process_group(name, group)
-
-
-def _registered(name: Any) -> ProcessGroup | None:
-    """The group that torch knows under a name."""
-    try:
-        return c10d._resolve_process_group(name)
-    except RuntimeError:
-        return None
 
 
 def _address_towards(host: str, port: int) -> str | None:

@@ -259,7 +259,13 @@ def test_independent_modules_import_nothing_of_refdist():
 # The benchmarks are a package of their own, with layers of its own on top of all others but those
 # for notebooks.
 
-BENCHMARK_LAYERS = [{"allreduce", "launch"}, {"control"}, {"__main__"}]
+BENCHMARK_LAYERS = [
+    {"launch", "ways"},
+    {"allreduce", "control"},
+    {"records"},
+    {"data_plane"},
+    {"__main__"},
+]
 
 
 def benchmarks():

@@ -410,26 +410,3 @@ def _sum_on(here, host):
 @pytest.mark.parametrize("host", ["::1", "127.0.0.2"])
 def test_gloo_on_other_addresses(host):
     assert run_ranks(_sum_on, 2, host) == [2.0, 2.0]
-
-
-# NCCL, on real GPUs only.
-
-
-def _use_nccl(here):
-    torch.cuda.set_device(here.rank)
-    group = form(here, backend="nccl", timeout=timedelta(seconds=60))
-    results = []
-    for size in (1, 1000, 2**20):
-        tensor = torch.full((size,), float(here.rank + 1), device="cuda")
-        dist.all_reduce(tensor, group=group)
-        torch.cuda.synchronize()
-        results.append(bool((tensor == 3).all()))
-    assert not dist.is_initialized()
-    here.meet("done")
-    stateless_destroy_torch_distributed_process_group(group)
-    return results
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_nccl():
-    assert run_ranks(_use_nccl, 2, deadline=100) == [[True] * 3] * 2
