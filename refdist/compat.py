@@ -89,6 +89,16 @@ def open_server(listen_fd: int, **arguments: Any) -> TCPStore:
     return TCPStore(is_master=True, master_listen_fd=listen_fd, use_libuv=use_libuv, **arguments)
 
 
+def abort(group: ProcessGroup) -> None:
+    """Give up NCCL's outstanding work on this rank. Gloo has nothing like it.
+
+    A method of NCCL's backend on 2.6 to 2.15; ``ProcessGroup.abort`` exists on 2.13 and 2.15.
+    """
+    for device, backend in backends(group):
+        if device.type == "cuda":
+            backend.abort()
+
+
 def shut_down(group: ProcessGroup) -> None:
     """Shut down each backend of a group.
 
@@ -101,11 +111,15 @@ def shut_down(group: ProcessGroup) -> None:
         group.shutdown()
         return
     time.sleep(0.05)  # lets such a thread have the lock
-    devices: list[torch.device] = group._device_types
-    for device in devices:
-        shutdown = getattr(group._get_backend(device), "_shutdown", None)
+    for _, backend in backends(group):
+        shutdown = getattr(backend, "_shutdown", None)
         if shutdown is not None:
             shutdown()
+
+
+def backends(group: ProcessGroup) -> list[tuple[torch.device, Any]]:
+    """The kinds of device of a group, and the backend of each, by names private on 2.6 to 2.15."""
+    return [(device, group._get_backend(device)) for device in group._device_types]
 
 
 def symmetric_memory(

@@ -204,10 +204,10 @@ def test_errors_can_be_pickled(kind):
 LAYERS = [
     {"errors", "compat", "checks"},
     {"waiting", "keys", "pipeline", "tensors", "phases"},
-    {"gates", "boxes", "messages", "calls", "store", "barrier_state"},
+    {"gates", "boxes", "messages", "calls", "store", "barrier_state", "backends"},
     {"barrier", "observer"},
     {"rendezvous"},
-    {"stateless", "process_groups"},
+    {"stateless", "process_groups", "collectives", "small_sums"},
 ]
 INDEPENDENT = {"tensor_parallel", "polling"}
 OUTER = {"engines", "figures", "benchmarks"}
