@@ -195,6 +195,22 @@ def test_calls_fit_into_whole_graphs():
     assert [rounded(calls) for calls in (1, 5, 19, 20, 39, 200)] == [1, 5, 19, 20, 20, 200]
 
 
+def test_small_sums_on_the_command_line(capsys):
+    arguments = ["cpu_allreduce", "--world-sizes", "2", "3", "--sizes", "4", "1024"]
+    main([*arguments, "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [["2", "4"], ["2", "1024"], ["3", "4"], ["3", "1024"]]
+    assert [line.split()[:2] for line in lines[2:]] == rows
+    main([*arguments[:3], "--sizes", "8", "--repeats", "1", "--json"])
+    (record,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (record["num_bytes"], record["world_size"]) == (8, 2)
+    assert record["ratio"] == pytest.approx(record["gloo_seconds"] / record["seconds"])
+    for bad, said in (["--world-sizes", "0"], "must be at least 1"), (["--sizes", "6"], "of 4"):
+        with pytest.raises(SystemExit):
+            main(["cpu_allreduce", *bad])
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

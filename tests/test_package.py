@@ -264,6 +264,7 @@ BENCHMARK_LAYERS = [
     {"allreduce", "control"},
     {"records"},
     {"data_plane"},
+    {"small"},
     {"__main__"},
 ]
 

@@ -18,6 +18,9 @@ from refdist.benchmarks.control import (
 )
 from refdist.benchmarks.data_plane import DTYPES, Plan, run_all_reduce
 from refdist.benchmarks.records import append_records, describe_machine, to_record
+from refdist.benchmarks.small import SIZES as SMALL_SIZES
+from refdist.benchmarks.small import WORLD_SIZES as SMALL_WORLD_SIZES
+from refdist.benchmarks.small import time_small_sums
 from refdist.benchmarks.ways import WAYS
 
 
@@ -27,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     _add_control(benchmarks)
     _add_allreduce(benchmarks)
+    _add_cpu_allreduce(benchmarks)
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: must be at least 1")
@@ -61,6 +65,37 @@ def _add_allreduce(benchmarks: Any) -> None:
     allreduce.add_argument("--json", action="store_true", help="one JSON object a line")
     allreduce.add_argument("--output", type=Path, help="file to append the JSON lines to as well")
     allreduce.set_defaults(run=_allreduce)
+
+
+def _add_cpu_allreduce(benchmarks: Any) -> None:
+    small = benchmarks.add_parser("cpu_allreduce", help="cpu_all_reduce_ beside gloo's all-reduce")
+    small.add_argument("--world-sizes", type=int, nargs="+", default=SMALL_WORLD_SIZES)
+    small.add_argument("--sizes", type=int, nargs="+", default=SMALL_SIZES)
+    small.add_argument("--repeats", type=int, default=9)
+    small.add_argument("--json", action="store_true", help="one JSON object a line")
+    small.set_defaults(run=_cpu_allreduce)
+
+
+def _cpu_allreduce(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    few = [n for n in options.world_sizes if n < 1]
+    if few:
+        parser.error(f"--world-sizes {few[0]}: must be at least 1")
+    bad = [size for size in options.sizes if size < 1 or size % 4]
+    if bad:
+        parser.error(f"--sizes {bad[0]}: must be multiples of 4, above 0")
+    timings = time_small_sums(options.world_sizes, options.sizes, options.repeats)
+    machine = describe_machine()
+    if options.json:
+        for timing in timings:
+            print(json.dumps({"benchmark": "cpu_allreduce"} | asdict(timing) | machine))
+        return
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{'ranks':>5} {'bytes':>7} {'cpu_all_reduce_ (us)':>21} {'gloo (us)':>10} {'ratio':>6}")
+    for timing in timings:
+        print(
+            f"{timing.world_size:5} {timing.num_bytes:7} {timing.seconds * 1e6:21.1f} "
+            f"{timing.gloo_seconds * 1e6:10.1f} {timing.ratio:6.2f}"
+        )
 
 
 def _allreduce(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
