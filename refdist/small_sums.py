@@ -6,6 +6,9 @@ messages cost, so here it travels whole, along a tree: each rank adds what its c
 order, and hands it to its parent, and the sum comes back the same way. That is 2 (n - 1) messages
 in all. Two ranks swap their tensors instead, which takes one step.
 
+It sends and receives, which gloo does in the calling thread; a collective of gloo's goes to a
+thread of its own first.
+
 The sum is made once, or by both of two ranks in the same order, so it has the same bits everywhere.
 """
 
@@ -79,9 +82,8 @@ def cpu_all_reduce_(
 def _swap(total: torch.Tensor, group: ProcessGroup, finish: Callable[[Any], None]) -> None:
     other = torch.empty_like(total)
     peer = 1 - group.rank()
-    receiving = group.recv([other], peer, _TAG)
     sending = group.send([total], peer, _TAG)
-    finish(receiving)
+    finish(group.recv([other], peer, _TAG))
     finish(sending)
     # rank 0's comes first on both, which matters for the bits of NaN
     first, second = (total, other) if peer else (other, total)
@@ -94,18 +96,17 @@ def _sum_along_tree(
     rank, size = group.rank(), group.size()
     children = range(_FAN_OUT * rank + 1, min(size, _FAN_OUT * (rank + 1) + 1))
     parts = [torch.empty_like(total) for _ in children]
-    # what is awaited before it is sent needs no buffer of gloo's
+    # a message for which a receiver waits already needs no announcement
     upward = [group.recv([part], child, _TAG) for part, child in zip(parts, children, strict=True)]
-    if rank > 0:
-        parent = (rank - 1) // _FAN_OUT
-        result = torch.empty_like(total)
-        downward = group.recv([result], parent, _TAG)
     for part, receiving in zip(parts, upward, strict=True):
         finish(receiving)
         total.add_(part)
     if rank > 0:
-        finish(group.send([total], parent, _TAG))
-        finish(downward)
+        parent = (rank - 1) // _FAN_OUT
+        result = torch.empty_like(total)
+        sending = group.send([total], parent, _TAG)
+        finish(group.recv([result], parent, _TAG))
+        finish(sending)  # which it is by now: this wakes no thread
         total.copy_(result)
     for sending in [group.send([total], child, _TAG) for child in children]:
         finish(sending)
