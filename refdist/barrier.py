@@ -1,9 +1,10 @@
 """A barrier in three phases, over any torch store.
 
 Arrival
-    Each rank signs the roll and adds one to the count of arrivals. After this phase a rank knows
-    that all have arrived, or that someone broke the barrier, or that its own time is up. In the
-    last case it breaks the barrier, unless all are there.
+    Each rank signs the roll, where it also puts what it brings to a gather, and adds one to the
+    count of arrivals. After this phase a rank knows that all have arrived, or that someone broke
+    the barrier, or that its own time is up. In the last case it breaks the barrier, unless all are
+    there.
 Confirmation
     One key, the *state*, decides for all, because the store changes it one request at a time. A
     rank confirms by adding its mark to the state, and the answer tells it the outcome. A rank
@@ -31,8 +32,8 @@ Who confirms first sees the sleepers in the state and opens the gate.
 
 Requests to the store: at most 9 a rank, of constant size, and one more for each second of waiting.
 With ``Store.barrier``, and nobody asleep, 3 a rank, 5 for the last to leave, and 6 for rank 0. When
-a barrier breaks, at most 12 a rank; 16 for the one that breaks it, and two more for each rank that
-may be missing or fall asleep. In the next complete barrier rank 0 deletes the 16 keys of the epoch.
+a barrier breaks, at most 12 a rank; 17 for the one that breaks it, and one more for each rank that
+falls asleep meanwhile. In the next complete barrier rank 0 deletes the 16 keys of the epoch.
 """
 
 from torch.distributed import Store
@@ -42,10 +43,11 @@ from refdist.barrier_state import (
     ASLEEP,
     MAX_WORLD_SIZE,
     State,
-    frame,
     read_reason,
+    read_roll,
     read_state,
-    unframe,
+    sign,
+    signed_by,
     write_reason,
 )
 from refdist.errors import BarrierError, name_ranks
@@ -66,7 +68,6 @@ class Barrier:
         self._rank = rank
         self._world_size = world_size
         self._gates: Gates = gates_of(store)
-        self._roll = keys.roll(rank)
         self._generation = 0
         self._epoch = 0
         self._slots = keys.slots(0)
@@ -110,15 +111,23 @@ class Barrier:
         """Pass a barrier, and return the value that each rank brought to it, in rank order.
 
         All ranks read the values after the last has arrived and before they confirm, so rank 0
-        resets nothing that someone still has to read. Two requests more than ``wait``.
+        resets nothing that someone still has to read. One request more than ``wait``.
+
+        Args:
+            value: at least one byte.
+            timeout: as for ``wait``.
+            record: as for ``wait``.
 
         Raises:
+            ValueError: the value is empty.
             MessageError: not every rank brought one value.
             BarrierError, CancelledWaitError, torch.distributed.DistError: as ``wait``.
         """
+        if not value:
+            raise ValueError(f"value={value!r}: must have at least one byte")
         generation = self._generation
-        found = self._meet(timeout, record, True, value)
-        return unframe(found or b"", generation, self._world_size)
+        roll = self._meet(timeout, record, True, value)
+        return read_roll(roll or b"", generation, self._world_size)
 
     def _meet(
         self,
@@ -127,19 +136,17 @@ class Barrier:
         each_phase: bool,
         value: bytes | None,
     ) -> bytes | None:
-        """One barrier. Returns the framed values of all, if this rank brought one."""
+        """One barrier. Returns the roll, if this rank brought a value."""
         deadline = timeout if isinstance(timeout, Deadline) else Deadline(timeout)
         generation, slot = self._generation, self._slots[self._in_epoch % keys.SLOTS]
         self._generation += 1
         self._in_epoch += 1
         cancelled: CancelledWaitError | None = None
-        values: bytes | None = None
+        roll: bytes | None = None
 
         with phase("arrival", self._rank, generation, record):
-            self._store.set(self._roll, str(generation))
-            if value is not None:
-                framed = frame(value, generation, self._rank)
-                self._store.append(slot.gathered, framed)  # type: ignore[attr-defined]
+            signature = sign(generation, self._rank, value or b"")
+            self._store.append(slot.roll, signature)  # type: ignore[attr-defined]
             give_up = None
             try:
                 if not self._arrive(slot, deadline) and not self._all_here(slot):
@@ -151,7 +158,7 @@ class Barrier:
             if give_up is not None:
                 self._break(slot, generation, deadline, give_up)
             if value is not None:
-                values = peek(self._store, slot.gathered)
+                roll = peek(self._store, slot.roll)
             state = self._confirm(slot, generation)
 
         if state.broken:
@@ -166,7 +173,7 @@ class Barrier:
             if each_phase:
                 deadline.restart()
             self._depart(slot, state, generation, deadline, cancelled)
-        return values
+        return roll
 
     def _arrive(self, slot: keys.Slot, deadline: Deadline) -> bool:
         """Returns whether there is an outcome: all have arrived, or someone broke the barrier."""
@@ -206,8 +213,8 @@ class Barrier:
             # someone fell asleep meanwhile, which each rank does once
             found = answer
         # this rank alone comes here
-        signed = str(generation).encode()
-        missing = [r for r in range(self._world_size) if peek(self._store, keys.roll(r)) != signed]
+        here = signed_by(peek(self._store, slot.roll) or b"", generation)
+        missing = [r for r in range(self._world_size) if r not in here]
         why = write_reason(self._rank, reason, missing, elapsed, deadline.allowed)
         self._store.set(keys.reason(self._epoch), why)
         self._gates.open(slot.wake)
@@ -228,7 +235,7 @@ class Barrier:
         if self._rank == 0:
             if used is not None:
                 self._gates.close([used.wake, used.left])
-                set_several(self._store, {used.arrived: "0", used.state: "0", used.gathered: ""})
+                set_several(self._store, {used.arrived: "0", used.state: "0", used.roll: ""})
             if cancelled is None and not everyone and not self._gates.wait(slot.left, deadline):
                 self._check_departures(slot, generation, deadline)
             while self._old_keys:
@@ -255,10 +262,10 @@ class Barrier:
         if count == 1:
             missing = [sum(range(self._world_size)) - state.left_sum]
         else:
-            # a rank that has arrived at a later barrier has left this one
-            here = str(generation).encode()
-            others = range(1, self._world_size)
-            missing = [r for r in others if peek(self._store, keys.roll(r)) == here]
+            # a rank that has arrived at the next barrier has left this one
+            roll = peek(self._store, self._slots[self._in_epoch % keys.SLOTS].roll)
+            arrived = signed_by(roll or b"", generation + 1)
+            missing = [r for r in range(1, self._world_size) if r not in arrived]
         some_of = "" if count >= len(missing) else f"{count} of "
         raise BarrierError(
             f"barrier {generation} completed, but in departure rank 0 waited in vain for "

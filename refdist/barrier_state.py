@@ -11,7 +11,7 @@ from refdist.errors import BarrierError, MessageError, name_ranks
 LEFT, LEFT_SUM, ASLEEP, BROKEN = 1, 1 << 16, 1 << 48, -(1 << 63)
 MAX_WORLD_SIZE = 1 << 14
 
-_FRAME = struct.Struct("<QII")  # generation, rank, and the length of what follows
+_SIGNATURE = struct.Struct("<QII")  # generation, rank, and the length of the value that follows
 
 
 class State(NamedTuple):
@@ -114,34 +114,46 @@ def read_reason(written: bytes | None, generation: int, world_size: int) -> Barr
         )
 
 
-def frame(value: bytes, generation: int, rank: int) -> bytes:
-    """A value that says whose it is, to be followed by those of other ranks."""
-    return _FRAME.pack(generation, rank, len(value)) + value
+def sign(generation: int, rank: int, value: bytes) -> bytes:
+    """What a rank appends to the roll: that it has arrived, and what it brings to a gather."""
+    return _SIGNATURE.pack(generation, rank, len(value)) + value
 
 
-def unframe(found: bytes, generation: int, world_size: int) -> list[bytes]:
+def signed_by(roll: bytes, generation: int) -> set[int]:
+    """The ranks that have signed a roll, as far as it can be read."""
+    values, _ = _parse(roll, generation)
+    return set(values)
+
+
+def read_roll(roll: bytes, generation: int, world_size: int) -> list[bytes]:
     """The values of all ranks, in rank order.
 
     Raises:
-        MessageError: not every rank brought one value, or there is something else.
+        MessageError: not every rank brought a value, or there is something else.
     """
-    values: dict[int, bytes] = {}
-    offset = 0
-    while offset + _FRAME.size <= len(found):
-        number, rank, length = _FRAME.unpack_from(found, offset)
-        offset += _FRAME.size
-        if number != generation or rank in values or rank >= world_size:
-            break
-        values[rank] = found[offset : offset + length]
-        offset += length
-    if offset != len(found):
+    values, rest = _parse(roll, generation)
+    if rest or any(rank >= world_size for rank in values):
         raise MessageError(
-            f"gather {generation}: holds {found[-40:]!r}, which no rank of refdist writes"
+            f"gather {generation}: the roll ends in {roll[-40:]!r}, which no rank of refdist writes"
         )
-    missing = [rank for rank in range(world_size) if rank not in values]
+    missing = [rank for rank in range(world_size) if not values.get(rank)]
     if missing:
         raise MessageError(
             f"gather {generation}: {name_ranks(missing)} brought nothing; did another rank call "
             f"barrier meanwhile?"
         )
     return [values[rank] for rank in range(world_size)]
+
+
+def _parse(roll: bytes, generation: int) -> tuple[dict[int, bytes], bytes]:
+    """The value of each rank, and what comes after the last signature that makes sense."""
+    values: dict[int, bytes] = {}
+    offset = 0
+    while offset + _SIGNATURE.size <= len(roll):
+        number, rank, length = _SIGNATURE.unpack_from(roll, offset)
+        start = offset + _SIGNATURE.size
+        if number != generation or rank in values or start + length > len(roll):
+            break
+        offset = start + length
+        values[rank] = roll[start:offset]
+    return values, roll[offset:]

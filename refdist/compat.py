@@ -14,7 +14,6 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore
 
 STORE_BARRIER = "Store.barrier: a barrier in one request"
-QUEUES = "Store.queue_push, queue_pop: queues of values"
 
 _switched_off: set[str] = set()
 
@@ -24,8 +23,8 @@ def store_features() -> dict[str, bool]:
     return {
         # 2.13 and 2.15; not 2.6, 2.11
         STORE_BARRIER: hasattr(Store, "barrier") and STORE_BARRIER not in _switched_off,
-        # 2.11 to 2.15; not 2.6
-        QUEUES: hasattr(Store, "queue_push") and QUEUES not in _switched_off,
+        # 2.11 to 2.15; not 2.6; refdist.boxes says why it is not used
+        "Store.queue_push, queue_pop: queues of values": hasattr(Store, "queue_push"),
         # 2.11 to 2.15; not 2.6
         "Store.list_keys: what the store holds": hasattr(Store, "list_keys"),
         # all of 2.6 to 2.15
@@ -53,15 +52,6 @@ def has_store_barrier(store: Store) -> bool:
     that cannot be reset.
     """
     return isinstance(store, TCPStore) and store_features()[STORE_BARRIER]
-
-
-def has_queues(store: Store) -> bool:
-    """Whether a store has queues: a TCPStore has, and below prefixes; but not its legacy server."""
-    try:
-        base: Any = tcp_store_of(store)
-        return store_features()[QUEUES] and bool(base.libuvBackend)
-    except ValueError:
-        return False
 
 
 def tcp_store_of(store: Store) -> TCPStore:

@@ -25,11 +25,6 @@ def told(rank: int) -> str:
     return f"told/{rank}"
 
 
-def roll(rank: int) -> str:
-    """The last barrier that a rank arrived at. Overwritten by the rank at each barrier."""
-    return f"barrier/roll/{rank}"
-
-
 SLOTS = 3
 """Barriers use this many sets of keys in turn. ``refdist.barrier`` says why three are enough."""
 
@@ -41,19 +36,19 @@ class Slot:
     names, and rank 0 deletes the old ones when a barrier completes.
 
     Attributes:
+        roll: who has arrived, and what each brings to a gather. Appended to by every rank.
         arrived: how many have arrived. Counted up by every rank.
         state: who knows the outcome, and whether it is "broken". See ``refdist.barrier``.
         wake: the gate at which those wait who wait long. Opened by the first to know the outcome.
         left: the gate at which rank 0 waits for the others to leave. Opened by the last of them.
-        gathered: what all ranks gave to a gather, one after the other. Appended to by every rank.
     """
 
     def __init__(self, epoch: int, slot: int) -> None:
+        self.roll = f"barrier/{epoch}/{slot}/roll"
         self.arrived = f"barrier/{epoch}/{slot}/arrived"
         self.state = f"barrier/{epoch}/{slot}/state"
         self.wake = f"barrier/{epoch}/{slot}/wake"
         self.left = f"barrier/{epoch}/{slot}/left"
-        self.gathered = f"barrier/{epoch}/{slot}/gathered"
 
 
 def slots(epoch: int) -> list[Slot]:
@@ -68,7 +63,7 @@ def reason(epoch: int) -> str:
 
 def of_epoch(epoch: int) -> list[str]:
     """All keys of an epoch."""
-    in_slots = [[s.arrived, s.state, s.wake, s.left, s.gathered] for s in slots(epoch)]
+    in_slots = [[s.roll, s.arrived, s.state, s.wake, s.left] for s in slots(epoch)]
     return [reason(epoch), *(key for some in in_slots for key in some)]
 
 

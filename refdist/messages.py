@@ -23,6 +23,7 @@ import torch
 from torch.distributed import Store
 
 from refdist import keys
+from refdist.boxes import put
 from refdist.errors import MessageError, MessageExpiredError, MessageTimeoutError
 from refdist.waiting import SLICE_SECONDS, CancelledWaitError, Deadline, peek, wait_for_value
 
@@ -100,9 +101,9 @@ def write_chunks(store: Store, key: str, encoded: Encoded, deadline: Deadline) -
         try:
             deadline.slice()
         except CancelledWaitError as error:
-            _set(store, keys.chunk(key, index), failure(f"its writer stopped, because of {error}"))
+            put(store, keys.chunk(key, index), failure(f"its writer stopped, because of {error}"))
             raise
-        _set(store, keys.chunk(key, index), chunk)
+        put(store, keys.chunk(key, index), chunk)
         deadline.store_answers()
 
 
@@ -118,7 +119,7 @@ def expired(seconds: float) -> bytes:
 
 def write_expired(store: Store, key: str, seconds: float) -> None:
     """Tell who has begun to read the chunks under ``key`` that the rest has expired."""
-    _set(store, keys.expired(key), _number_of(key).encode() + b":" + expired(seconds))
+    put(store, keys.expired(key), _number_of(key).encode() + b":" + expired(seconds))
 
 
 def lengths_of(value: bytes) -> list[int]:
@@ -154,10 +155,6 @@ def _unpickle(key: str, payload: memoryview | bytearray, parts: list[bytearray])
         return pickle.loads(payload, buffers=parts)
     except Exception as error:
         raise MessageError(f"{key}: {len(payload)} bytes do not unpickle: {error!r}") from error
-
-
-def _set(store: Store, key: str, value: bytes) -> None:
-    store.set(key, value)  # type: ignore[arg-type]  # it takes bytes; its annotation says str
 
 
 def _raise_for(key: str, value: bytes, expected: bytes) -> None:

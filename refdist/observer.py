@@ -27,8 +27,7 @@ class KeyCount:
 class KeyObserver:
     """Counts the keys of a store fifty times a second, in a thread with its own connection.
 
-    As a context manager, it counts while the block runs. Values in queues are not counted, as
-    torch's own ``num_keys`` does not.
+    As a context manager, it counts while the block runs.
 
     Args:
         host: of the store.

@@ -16,7 +16,7 @@ from refdist import keys
 from refdist.barrier import Barrier
 from refdist.calls import Calls
 from refdist.checks import check_rank
-from refdist.compat import has_queues, has_store_barrier, quiet
+from refdist.compat import has_store_barrier, quiet
 from refdist.errors import (
     BarrierError,
     GroupCreationError,
@@ -175,7 +175,7 @@ def _register(store: Store, rank: int, world_size: int, deadline: Deadline, wher
     process = {"host": socket.gethostname(), "pid": os.getpid()}
     me = process | {
         "world_size": world_size,
-        "features": [has_store_barrier(store), has_queues(store)],
+        "store_barrier": has_store_barrier(store),
         "torch": str(torch.__version__),
         "token": os.urandom(8).hex(),
     }
@@ -211,10 +211,10 @@ def _check_rank_0(store: Store, me: dict[str, Any], deadline: Deadline, where: s
             f"world_size={world_size}: rank 0 formed the group on {where} with "
             f"{rank_0.get('world_size')}"
         )
-    if rank_0.get("features") != me["features"]:
+    if rank_0.get("store_barrier") != me["store_barrier"]:
         raise ValueError(
             f"torch {me['torch']}: rank 0 on {where} has torch {rank_0.get('torch')}, and only "
-            f"one of them has Store.barrier, or queues; all ranks must have the same"
+            f"one of them has Store.barrier; all ranks must have it, or none"
         )
 
 

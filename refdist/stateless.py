@@ -1,10 +1,9 @@
 """A group of processes that exchange small objects, without any global state."""
 
 import socket as sockets
-import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
@@ -16,33 +15,25 @@ from torch.distributed import DistError, ReduceOp, Store, TCPStore
 
 from refdist import keys, messages
 from refdist.barrier import Barrier
-from refdist.boxes import boxes_of
 from refdist.calls import Calls
 from refdist.checks import check_integer, check_rank, check_seconds
 from refdist.compat import tcp_store_of
 from refdist.errors import (
     BarrierError,
-    MessageError,
-    MessageExpiredError,
     MessageTimeoutError,
     StoreConnectionError,
     letting_go,
 )
+from refdist.gathering import Gathering, Unusable
+from refdist.mailbox import Mailbox
 from refdist.phases import PhaseEvent
 from refdist.rendezvous import leave, listening, meet
 from refdist.tensors import check_cpu, check_like, fill, own_copy, reduction
-from refdist.waiting import CancelledWaitError, Deadline, peek
+from refdist.waiting import Deadline
 
 T = TypeVar("T")
 
 _GRACE_SECONDS = 1.0
-
-
-class _Unusable:
-    """What a rank gave to a gather, where it is no object."""
-
-    def __init__(self, error: MessageError) -> None:
-        self.error = error
 
 
 @dataclass(eq=False)
@@ -107,11 +98,9 @@ class StatelessProcessGroup:
                 counter.setdefault(rank, 0)
         self._barrier = Barrier(self.store, self.rank, self.world_size)
         self._calls = Calls(self.store)
-        self._boxes = boxes_of(self.store)
-        self._gathered_keys: list[str] = []  # of large values, to delete after the next gather
+        self._mailbox = Mailbox(self.store, self.rank, self.entries)
+        self._gathering = Gathering(self.store, self.rank, self._barrier)
         self._unclaimed: dict[Any, Any] = {}  # received as the receiver was interrupted
-        self._half_read: dict[str, bytes] = {}  # taken out, but the chunks are still to be read
-        self._large: dict[str, tuple[list[str], list[str]]] = {}  # boxes and chunks, by message
         self._closed = False
         # a socket that was passed in stays its owner's
         self._release_socket: Callable[[], object] = lambda: None
@@ -162,6 +151,7 @@ class StatelessProcessGroup:
                 rank, world_size, store, listener, data_expiration_seconds
             )
         group._barrier, group._calls = barrier, calls
+        group._gathering = Gathering(store, group.rank, barrier)
         if listener is not None and listen_socket is None:
             group._release_socket = weakref.finalize(group, listener.close)
         return group
@@ -200,7 +190,7 @@ class StatelessProcessGroup:
                 )
         finally:
             self._closed = True
-            del self.store, self._barrier, self._boxes
+            del self.store, self._barrier, self._mailbox, self._gathering
             self._release_socket()
 
     def __enter__(self) -> Self:
@@ -251,7 +241,7 @@ class StatelessProcessGroup:
         def send() -> None:
             key = keys.message(self.rank, dst, self.send_dst_counter[dst])
             self.send_dst_counter[dst] += 1
-            self._post(key, [key], encoded, deadline)
+            self._send(key, [key], encoded, deadline)
 
         self._run("send_obj", send, deadline)
 
@@ -279,9 +269,9 @@ class StatelessProcessGroup:
                 if value is None:
                     self.store.delete_key(keys.expired(key))
                 else:
-                    self._delete(messages.chunk_keys(key, messages.lengths_of(value)))
+                    self._mailbox.delete(messages.chunk_keys(key, messages.lengths_of(value)))
 
-            return self._take_object(key, key, src, consume, deadline)
+            return self._mailbox.receive(key, key, src, consume, deadline)
 
         return self._receive("recv_obj", src, receive, deadline)
 
@@ -316,7 +306,7 @@ class StatelessProcessGroup:
                 self.broadcast_send_counter += 1
                 others = [rank for rank in range(self.world_size) if rank != src]
                 copies = [keys.broadcast_copy(src, number, rank) for rank in others]
-                self._post(keys.broadcast(src, number), copies, encoded, deadline)
+                self._send(keys.broadcast(src, number), copies, encoded, deadline)
 
             self._run("broadcast_obj", send, deadline)
         return obj
@@ -331,10 +321,10 @@ class StatelessProcessGroup:
                 chunk_keys = messages.chunk_keys(key, messages.lengths_of(value or b""))
                 readers = keys.broadcast_readers(src, number)
                 if chunk_keys and self.store.add(readers, 1) == self.world_size - 1:
-                    self._delete([*chunk_keys, readers])
+                    self._mailbox.delete([*chunk_keys, readers])
 
             copy = keys.broadcast_copy(src, number, self.rank)
-            return self._take_object(copy, key, src, consume, deadline)
+            return self._mailbox.receive(copy, key, src, consume, deadline)
 
         return self._receive("broadcast_obj", ("broadcast", src), receive, deadline)
 
@@ -360,103 +350,32 @@ class StatelessProcessGroup:
                 come. They get a MessageError.
         """
         deadline = self._deadline("all_gather_obj", timeout)
-        encoded: messages.Encoded | None = None
-        failure: Exception | None = None
+        encoded: messages.Encoded | Exception
         try:
             encoded = messages.encode(obj)
         except Exception as error:
-            failure = error
+            encoded = error
 
         def gather() -> list[Any]:
-            number = self._barrier.generation
-            all_keys = [keys.gathered_value(rank, number) for rank in range(self.world_size)]
-            if encoded is None:
-                value = messages.failure(f"rank {self.rank} had no object to give: {failure!r}")
-            else:
-                value = encoded.value
-                own_key = all_keys[self.rank]
-                self._gathered_keys += messages.chunk_keys(own_key, messages.lengths_of(value))
-                with suppress(CancelledWaitError):  # which the barrier raises too, and so breaks
-                    messages.write_chunks(self.store, own_key, encoded, deadline)
-            values = self._barrier.gather(value, deadline, self._record())
-            found: list[Any] = []
-            for rank, (key, value) in enumerate(zip(all_keys, values, strict=True)):
-                try:
-                    own = rank == self.rank
-                    found.append(obj if own else messages.read(self.store, key, value, deadline))
-                except MessageError as error:
-                    found.append(_Unusable(error))
-            if any(map(messages.lengths_of, values)):
-                # the chunks must stay, and the store too, until everyone has read them
-                deadline.restart()
-                self._barrier.wait(deadline, self._record())
-            self._delete(self._gathered_keys)
-            self._gathered_keys.clear()
-            return found
+            return self._gathering.gather(obj, encoded, deadline, self._record())
 
         try:
             found = self._run("all_gather_obj", gather, deadline)
         except BarrierError as error:
             text = f"all_gather_obj on rank {self.rank}: {error}"
             raise MessageTimeoutError(text, error.missing) from error
-        if failure is not None:
-            raise failure
+        if isinstance(encoded, Exception):
+            raise encoded
         for other in found:
-            if isinstance(other, _Unusable):
+            if isinstance(other, Unusable):
                 raise other.error
         return found
 
-    def _post(
-        self, key: str, boxes: list[str], encoded: messages.Encoded, deadline: Deadline
+    def _send(
+        self, key: str, copies: list[str], encoded: messages.Encoded, deadline: Deadline
     ) -> None:
-        """Put an object into boxes, and its chunks, if it takes any, under ``key``."""
-        self._expire_data()
-        now = time.monotonic()
-        # an object whose sending is interrupted expires all the same
-        chunk_keys = messages.chunk_keys(key, messages.lengths_of(encoded.value))
-        if chunk_keys:
-            self._large[key] = boxes, chunk_keys
-            self.entries.append((key, now))
-        else:
-            self.entries.extend((box, now) for box in boxes)
-        for box in boxes:
-            self._boxes.put(box, encoded.value)
-        messages.write_chunks(self.store, key, encoded, deadline)
-
-    def _take_object(
-        self,
-        box: str,
-        key: str,
-        src: int,
-        consume: Callable[[bytes | None], None],
-        deadline: Deadline,
-    ) -> Any:
-        """Take the next object of ``src`` out of its box; the chunks of a large one are under key.
-
-        ``consume`` gets what was in the box, or None if that has expired, once it is of no more
-        use. A timeout or an interrupt in the chunks leaves it for the next call.
-        """
-        value = self._half_read.pop(box, None) or self._boxes.take(box, deadline)
-        if value is None:
-            raise MessageTimeoutError(
-                f"{box}: rank {self.rank} waited in vain for this from rank {src}: "
-                f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
-                [src],
-            )
-        try:
-            obj = messages.read(self.store, key, value, deadline)
-        except CancelledWaitError:
-            self._half_read[box] = value
-            raise
-        except MessageTimeoutError as error:
-            self._half_read[box] = value
-            text = f"rank {self.rank} waited in vain for the rest from rank {src}: {error}"
-            raise MessageTimeoutError(text, [src]) from None
-        except MessageError as error:
-            consume(None if isinstance(error, MessageExpiredError) else value)
-            raise
-        consume(value)
-        return obj
+        self._mailbox.expire(self.data_expiration_seconds)
+        self._mailbox.send(key, copies, encoded, deadline)
 
     def _receive(
         self, operation: str, mailbox: Any, receive: Callable[[], Any], deadline: Deadline
@@ -470,41 +389,17 @@ class StatelessProcessGroup:
 
         return self._run(operation, receive, deadline, keep)
 
-    def _delete(self, some_keys: Sequence[str]) -> None:
-        for key in some_keys:
-            self.store.delete_key(key)
-
     def expire_data(self) -> None:
         """Remove what this rank sent more than ``data_expiration_seconds`` ago and nobody read.
 
         Who asks for it later gets a MessageExpiredError. Called by ``send_obj`` and
         ``broadcast_obj``. Time is monotonic: changing the clock on the wall expires nothing.
         """
-        self._run("expire_data", self._expire_data, self._deadline("expire_data"))
-
-    def _expire_data(self) -> None:
-        oldest_kept = time.monotonic() - self.data_expiration_seconds
-        while self.entries and self.entries[0][1] < oldest_kept:
-            key, _ = self.entries.popleft()
-            boxes = self._large.pop(key, None)
-            if boxes is None:
-                self._boxes.replace(key, messages.expired(self.data_expiration_seconds))
-            else:
-                self._expire_large(key, *boxes)
-
-    def _expire_large(self, key: str, boxes: list[str], chunk_keys: list[str]) -> None:
-        note = messages.expired(self.data_expiration_seconds)
-        taken = sum(not self._boxes.replace(box, note) for box in boxes)
-        if boxes == [key]:
-            # a message; if it was taken and there are chunks, someone is reading it
-            reading = taken > 0
-        else:
-            readers = keys.broadcast_readers(self.rank, int(key.rpartition("/")[2]))
-            reading = taken > int(peek(self.store, readers) or 0)
-            self.store.delete_key(readers)
-        there = [self.store.delete_key(chunk_key) for chunk_key in chunk_keys]
-        if reading and any(there):
-            messages.write_expired(self.store, key, self.data_expiration_seconds)
+        self._run(
+            "expire_data",
+            lambda: self._mailbox.expire(self.data_expiration_seconds),
+            self._deadline("expire_data"),
+        )
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Send a small CPU tensor, of any shape and dtype, to rank ``dst``. See ``send_obj``."""

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from refdist import StatelessProcessGroup, create_tcp_store
+from refdist import StatelessProcessGroup, create_tcp_store, keys
+from refdist.barrier_state import signed_by
 
 LOCAL = "127.0.0.1"
 DEADLINE = 40.0
@@ -248,6 +249,21 @@ def run_threads(
         threading.Thread(target=run, args=(rank,), daemon=True).start()
     end = time.monotonic() + deadline
     return [result.result(max(0.0, end - time.monotonic())) for result in results]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what cannot be waited for in any other way."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def until_signed(store: Any, ranks: Iterable[int]) -> None:
+    """Wait until these ranks have signed the roll of the first barrier of a group."""
+    roll = keys.slots(0)[0].roll
+    store.wait([roll], timedelta(seconds=20))
+    until(lambda: signed_by(store.get(roll), 0) >= set(ranks))
 
 
 def interrupt(process_id: int) -> float:

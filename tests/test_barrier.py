@@ -257,7 +257,7 @@ def test_a_latecomer_raises_at_once(native):
     _, seconds, requests = results[2]
     assert seconds < SLACK
     assert requests == [
-        ("set", keys.roll(2)),
+        ("append", FIRST.roll),
         ("barrier" if native else "add", FIRST.arrived),
         ("add", FIRST.state),
         ("wait", [keys.reason(0)]),
@@ -770,8 +770,7 @@ class Requests:
 
     def __call__(self, request, key=None, *_):
         key = key[0] if isinstance(key, list) else key
-        what = "roll" if key.startswith("barrier/roll") else key.split("/")[-1]
-        self.words.append(f"{request} {what}")
+        self.words.append(f"{request} {key.split('/')[-1]}")
 
     def take(self):
         """All since the last time, where the slices of one wait are one request."""
@@ -788,19 +787,19 @@ class Requests:
 SEQUENCES = {
     # with counters, or without; and on rank 0, or on another
     (True, True): (
-        "set roll, barrier arrived, (add state, (barrier wake, )?)?add state"
+        "append roll, barrier arrived, (add state, (barrier wake, )?)?add state"
         "(, set wake, barrier wake)?, multi_set wake, multi_set arrived(, barrier left)?"
     ),
     (True, False): (
-        "set roll, barrier arrived, (add state, (barrier wake, )?)?add state"
+        "append roll, barrier arrived, (add state, (barrier wake, )?)?add state"
         "(, set wake, barrier wake)?(, set left, barrier left)?"
     ),
     (False, True): (
-        "set roll, add arrived, (add state, (wait wake, )?)?add state(, set wake)?"
+        "append roll, add arrived, (add state, (wait wake, )?)?add state(, set wake)?"
         "(, set left)?, delete_key wake, delete_key left, multi_set arrived(, wait left)?"
     ),
     (False, False): (
-        "set roll, add arrived, (add state, (wait wake, )?)?add state(, set wake)?(, set left)?"
+        "append roll, add arrived, (add state, (wait wake, )?)?add state(, set wake)?(, set left)?"
     ),
 }
 ROUNDS = 2
@@ -908,12 +907,12 @@ def test_requests_of_a_broken_barrier(native):
     wait, arrive = ("barrier", "barrier") if native else ("wait", "add")
     gates = ["wake", "arrived"]
     opens = ", ".join(f"set {gate}, barrier {gate}" if native else f"set {gate}" for gate in gates)
-    comes = f"set roll, {arrive} arrived"
+    comes = f"append roll, {arrive} arrived"
     sleeps = f"(, add state(, {wait} wake)*{'' if native else '(, check wake)?'}(, get arrived)?)"
     learns = "add state, wait reason, compare_set reason"
     # it looks at the state once more if rank 1 falls asleep meanwhile
     assert re.fullmatch(
-        f"{comes}{sleeps}(, compare_set state){{2,3}}(, compare_set roll){{3}}, set reason, {opens}"
+        f"{comes}{sleeps}(, compare_set state){{2,3}}, compare_set roll, set reason, {opens}"
         f", {learns}",
         results[0][0],
     )
@@ -939,7 +938,7 @@ def test_requests_of_a_long_wait(native):
     else:
         waiting = ["add arrived", "add state", *["wait wake"] * 3, "check wake"]
     # then it looks once more whether all have come
-    assert waits == ["set roll", *waiting, "get arrived"]
+    assert waits == ["append roll", *waiting, "get arrived"]
 
 
 def test_the_docstring_says_how_many_requests():

@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import LOCAL, run_ranks
+from ranks import LOCAL, Watched, run_ranks, run_threads
 
-from refdist import stateless_init_torch_distributed_process_group
+from refdist import create_tcp_store, stateless_init_torch_distributed_process_group
+from refdist.barrier import Barrier
 from refdist.benchmarks.__main__ import main
 from refdist.benchmarks.allreduce import (
     AllReduceTiming,
@@ -20,6 +22,7 @@ from refdist.benchmarks.allreduce import (
     choose_backend,
     time_all_reduce,
 )
+from refdist.benchmarks.bare import bare_barriers
 from refdist.benchmarks.control import ControlTiming, exponent, time_control, time_many_ranks
 from refdist.benchmarks.launch import run_as_rank, under_torchrun
 from refdist.benchmarks.launch import run_ranks as run_benchmark_ranks
@@ -238,6 +241,46 @@ def test_control_times_every_operation():
     assert ("barrier", "gloo") in by_name
     has_store_barrier = store_features()[STORE_BARRIER]
     assert (("barrier", "Store.barrier") in by_name) == has_store_barrier
+
+
+# The bare requests are those of a barrier of refdist, neither more nor fewer.
+
+
+def count_requests(rank, stores):
+    requests = []
+    store = Watched(stores[rank], lambda request, *_: requests.append(request))
+    barrier = Barrier(store, rank, len(stores))
+    bare = bare_barriers(store, rank, len(stores))["arrive, confirm, depart, sign, reset"]
+    counted = []
+    for step in (lambda: barrier.wait(20), bare):
+        # the first has nothing to reset
+        step()
+        requests.clear()
+        for _ in range(4):
+            step()
+        counted.append(requests.copy())
+        requests.clear()
+    return counted
+
+
+@pytest.mark.skipif(not store_features()[STORE_BARRIER], reason="this torch has no Store.barrier")
+def test_bare_requests_are_those_of_a_barrier():
+    server = create_tcp_store(LOCAL, 0, is_master=True)
+    stores = [server, *(create_tcp_store(LOCAL, server.port) for _ in range(2))]
+    always = {"append": 4, "add": 4}
+    counted = run_threads(count_requests, 3, stores)
+    # on a slow machine a rank may fall asleep, which costs it another add, and who wakes it too
+    slow = any(ours.count("add") > 4 for ours, _ in counted)
+    for rank, (ours, bare) in enumerate(counted):
+        for requests in [bare] if slow else [ours, bare]:
+            # one of the ranks leaves last; opening the gate takes two requests
+            gates = requests.count("barrier") - 4
+            opened = requests.count("set")
+            expected = always | {"barrier": 4 + gates}
+            expected |= {"multi_set": 8} if rank == 0 else {}
+            expected |= {"set": opened} if opened else {}
+            assert Counter(requests) == expected
+            assert gates <= 4 and opened == (0 if rank == 0 else gates)
 
 
 def test_control_times_many_ranks():

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from ranks import LOCAL, Watched, run_ranks
+from ranks import LOCAL, Watched, run_ranks, until, until_signed
 
 from refdist import (
     BarrierError,
@@ -23,6 +23,7 @@ from refdist import (
     MessageTimeoutError,
     StatelessProcessGroup,
     StoreConnectionError,
+    boxes,
     compat,
     create_tcp_store,
     keys,
@@ -41,7 +42,7 @@ ASLEEP = 1 << 48  # from here on, the state of a barrier counts those asleep
 pytestmark = pytest.mark.xdist_group("failures")
 
 # With what torch offers, and without, as on an old one.
-WITHOUT = [(compat.STORE_BARRIER, compat.QUEUES)]
+WITHOUT = [(compat.STORE_BARRIER,)]
 with_and_without = pytest.mark.parametrize(
     "without",
     [
@@ -53,7 +54,7 @@ with_and_without = pytest.mark.parametrize(
                 reason="this torch has no Store.barrier",
             ),
         ),
-        pytest.param((compat.STORE_BARRIER, compat.QUEUES), id="keys"),
+        pytest.param((compat.STORE_BARRIER,), id="keys"),
     ],
 )
 
@@ -91,17 +92,10 @@ def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def _stop(process: int) -> None:
     """Stop a process, and return when it has stopped: a signal takes its time on a busy machine."""
     os.kill(process, signal.SIGSTOP)
-    _until(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)
+    until(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)
 
 
 def _is_gone(process: int) -> bool:
@@ -114,7 +108,7 @@ def _is_gone(process: int) -> bool:
 
 def _kill(process: int) -> None:
     os.kill(process, signal.SIGKILL)
-    _until(lambda: _is_gone(process))
+    until(lambda: _is_gone(process))
 
 
 def _counted(group, slot) -> bool:
@@ -172,11 +166,11 @@ def _the_victim(world_size, victim, *_):
 # with, or by what the store says of a rank that waits.
 
 
-def _comes_to(step, rank, slot, request, key, value):
+def _comes_to(step, slot, request, key, value):
     counts_in = request in ("barrier", "add") and key == slot.arrived
     confirms = request == "add" and key == slot.state and value < ASLEEP
     return {
-        "before it arrives": request == "set" and key == keys.roll(rank),
+        "before it arrives": request == "append" and key == slot.roll,
         "between signing the roll and arriving": counts_in,
         "after arrival, before it confirms": confirms,
         "after arrival as the last, before it confirms": confirms,
@@ -204,13 +198,13 @@ def _dies_in_a_barrier(here, dead, step, without):
         if here.rank != dead:
             return
         if last_to_confirm and _comes_to(
-            "after arrival, before it confirms", dead, slot, request, key, value
+            "after arrival, before it confirms", slot, request, key, value
         ):
             for rank in others:
                 here.ask(f"through/{rank}")
-        if last_to_arrive and request == "set" and key == keys.roll(dead):
-            _until(lambda: _asleep(group, slot) == len(others))
-        if _comes_to(step, dead, slot, request, key, value):
+        if last_to_arrive and request == "append" and key == slot.roll:
+            until(lambda: _asleep(group, slot) == len(others))
+        if _comes_to(step, slot, request, key, value):
             here.tell("dying")
             _die()
 
@@ -225,14 +219,14 @@ def _dies_in_a_barrier(here, dead, step, without):
     if step in ("while it waits", "asleep"):
         if here.rank == others[0]:
             if step == "asleep":
-                _until(lambda: _asleep(group, slot) == 1)
-            _until(lambda: _counted(group, slot))
+                until(lambda: _asleep(group, slot) == 1)
+            until(lambda: _counted(group, slot))
             _kill(here.ask("process"))
             here.tell("dead")
         here.ask("dead")
     elif step == "after arrival, before it confirms" or "the gate" in step:
         # who arrives last has to wake the others
-        _until(lambda: _counted(group, slot))
+        until(lambda: _counted(group, slot))
     late = "wakes" in step or "as the last" in step
     first = _outcome(lambda: group.barrier(3 * TIMEOUT if late else TIMEOUT))
     here.tell(f"through/{here.rank}")
@@ -402,11 +396,10 @@ def _dies_in_a_message(here, dead, call, step, without):
     waits = []
 
     def is_put(request, key, box):
-        # a queue has the name of the box, without the number
-        return (request, key) in (("set", box), ("queue_push", box.rpartition("/")[0]))
+        return (request, key) == ("set", box)
 
     def comes(request, key, value):
-        writes = request in ("set", "queue_push")
+        writes = request == "set"
         peeks = request == "compare_set"
         return {
             ("send", "before"): is_put(request, key, sent),
@@ -418,7 +411,7 @@ def _dies_in_a_message(here, dead, call, step, without):
             ),
             ("broadcast", "between its chunks"): writes and key == keys.chunk(given, 1),
             ("read", "between the chunks"): peeks and key == keys.chunk(read, 1),
-            ("gather", "before"): request == "set" and key == keys.roll(dead),
+            ("gather", "before"): request == "append" and key == slot.roll,
             ("gather", "between its chunks"): writes
             and key == keys.chunk(keys.gathered_value(dead, 0), 1),
             ("gather", "arrived"): request == "add" and key == slot.state and value < ASLEEP,
@@ -429,7 +422,7 @@ def _dies_in_a_message(here, dead, call, step, without):
     def before(request, key=None, value=None, *_):
         if here.rank != dead:
             return
-        if step == "waiting" and request in ("wait", "queue_pop"):
+        if step == "waiting" and request == "wait":
             waits.append(key)
             if len(waits) == 2:
                 here.tell("waits", os.getpid())
@@ -440,7 +433,7 @@ def _dies_in_a_message(here, dead, call, step, without):
     here.meet("call")
     source = dead if call == "broadcast" else peer
     if step == "arrived" and here.rank != dead:
-        _until(lambda: _counted(group, slot))
+        until(lambda: _counted(group, slot))
     if step == "waiting" and here.rank == peer:
         _kill(here.ask("waits"))
     if step == "waiting" and here.rank != dead and call == "read":
@@ -566,7 +559,7 @@ def _host_dies(here, call, when):
     seen = []
 
     def before(request, key=None, *_):
-        waits = request in ("wait", "barrier", "queue_pop")
+        waits = request in ("wait", "barrier")
         if call != "send_obj" and not waits:
             return
         if call == "send_obj" and key != keys.chunk(keys.message(here.rank, 0, 0), 1):
@@ -576,7 +569,7 @@ def _host_dies(here, call, when):
             # it has waited before, and goes on to
             here.tell(f"waits/{here.rank}")
             if call == "send_obj":
-                _until(lambda: _is_gone(process))
+                until(lambda: _is_gone(process))
 
     group = _group(here, before)
     here.tell(f"process/{here.rank}", os.getpid())
@@ -587,7 +580,7 @@ def _host_dies(here, call, when):
             here.ask(f"waits/{rank}")
         _die()
     if when == "before":
-        _until(lambda: _is_gone(process))
+        until(lambda: _is_gone(process))
     peer = others[here.rank % len(others)]
     calls = {
         "barrier": lambda: group.barrier(30),
@@ -633,8 +626,7 @@ def _host_dies_in_creation(here):
         here.tell(f"process/{here.rank}", os.getpid())
         if here.rank == here.world_size - 1:
             store = create_tcp_store(LOCAL, port)
-            for rank in range(here.world_size - 1):
-                store.get(keys.roll(rank))
+            until_signed(store, range(here.world_size - 1))
             del store
             _kill(here.ask("process/0"))
             return None
@@ -673,7 +665,7 @@ def _is_stopped(here, world_size, stopped, when, stop, without):
     slot = keys.slots(0)[0]
 
     def before(request, key=None, *_):
-        arrives = request == "set" and key == keys.roll(stopped)
+        arrives = request == "append" and key == slot.roll
         if when == "in its call" and here.rank == stopped and arrives and not here.told("process"):
             here.tell("process", os.getpid())
             here.ask("go on")
@@ -698,7 +690,7 @@ def _is_stopped(here, world_size, stopped, when, stop, without):
             here.tell("its process", os.getpid())
     else:
         if when == "while it waits" and here.rank == others[0]:
-            _until(lambda: _counted(group, slot))
+            until(lambda: _counted(group, slot))
             here.tell("process", here.ask("its process"))
         here.ask("stopped")
     first = _outcome(lambda: group.barrier(TIMEOUT))
@@ -810,7 +802,7 @@ def _host_is_stopped(here, world_size, call, where):
         here.tell("rank 0 is back", time.monotonic())
     else:
         if where == "in a barrier" and here.rank == 1:
-            _until(lambda: group.store.check([slot.arrived]))
+            until(lambda: group.store.check([slot.arrived]))
             here.tell("process", here.ask("its process"))
         here.ask("stopped")
         others = members[1:]
@@ -872,8 +864,7 @@ def _host_is_stopped_in_creation(here):
         here.tell(f"process/{here.rank}", os.getpid())
         if here.rank == last:
             store = create_tcp_store(LOCAL, port)
-            for rank in range(last):
-                store.get(keys.roll(rank))
+            until_signed(store, range(last))
             process = here.ask("process/0")
             _stop(process)
             for rank in range(1, last):
@@ -937,7 +928,7 @@ def _starts_again(here, world_size, dead):
     here.ask("refused")
     error = _outcome(lambda: group.barrier(TIMEOUT))[0]
     if here.rank == 0:
-        assert group._boxes.replace(keys.message(0, dead, 0), b"unread")
+        assert boxes.replace(group.store, keys.message(0, dead, 0), b"unread")
     with here.group("smaller", members=members) as smaller:
         smaller.barrier(20)
         gathered = smaller.all_gather_obj(here.rank, 20)

@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
-from ranks import LOCAL, interrupt, run_ranks, second_group
+from ranks import LOCAL, interrupt, run_ranks, second_group, until_signed
 from torch.distributed import HashStore
 
 from refdist import (
@@ -31,7 +31,7 @@ from refdist import (
 SLACK = 6.0  # seconds that a slow machine may take beyond a protocol's own deadline
 LARGE = messages.CHUNK_BYTES + 1  # two chunks
 FIRST = keys.slots(0)[0]  # the keys of the first barrier
-WAITS = ("wait", "barrier", "queue_pop")  # requests that wait
+WAITS = ("wait", "barrier")  # requests that wait
 
 # With what torch offers, and without, as on an old one.
 BOTH_KINDS = pytest.mark.parametrize(
@@ -53,9 +53,7 @@ BOTH_KINDS = pytest.mark.parametrize(
 @contextmanager
 def features(native):
     """All groups made in this context use what the store of torch offers, or nothing of it."""
-    with ExitStack() as stack:
-        for feature in () if native else (compat.STORE_BARRIER, compat.QUEUES):
-            stack.enter_context(compat.switched_off(feature))
+    with nullcontext() if native else compat.switched_off(compat.STORE_BARRIER):
         yield
 
 
@@ -173,8 +171,7 @@ def _interrupt_creation(here, native):
             seconds = time.monotonic() - here.ask("interrupted")
         else:
             store = create_tcp_store(LOCAL, port)
-            for rank in (0, 1):
-                store.get(keys.roll(rank))
+            until_signed(store, (0, 1))
             here.tell("interrupted", interrupt(here.ask("process/1")))
             del store
         here.meet("second attempt")
@@ -198,7 +195,7 @@ def test_sigint_ends_a_creation(native):
 def _interrupt_barrier(here, native, victim, phase):
     with features(native), here.group() as group:
         moments = {
-            "roll": lambda request, key, _: key == keys.roll(victim),
+            "roll": lambda request, *_: request == "append",
             "arrival": lambda request, key, _: request in WAITS,
             "confirmation": confirms,
             "departure": lambda request, key, _: request in WAITS and key == FIRST.left,
@@ -528,7 +525,7 @@ def _interrupt_send(here, native, number):
         writes = []
 
         def matches(request, key, _):
-            if request in ("set", "queue_push"):
+            if request == "set":
                 writes.append(key)
             return len(writes) == number
 
@@ -563,10 +560,10 @@ def test_an_interrupted_send(number, stopped_at, native):
 # A reader is interrupted before one of its requests. The next call reads the same message.
 
 
-def _interrupt_receive(here, native, request_name, method):
-    with features(native), here.group() as group:
+def _interrupt_receive(here, request_name, method):
+    with here.group() as group:
         before = at_the_moment(here, 1, lambda request, *_: request == request_name)
-        again = second_group(here, group, native, before)
+        again = second_group(here, group, True, before)
         obj = bytes(LARGE)
         if here.rank == 0:
             again.send_obj(obj, 1) if method == "recv_obj" else again.broadcast_obj(obj, 0)
@@ -584,30 +581,10 @@ def _interrupt_receive(here, native, request_name, method):
         return received
 
 
-@pytest.mark.parametrize(
-    ("native", "request_name"),
-    [
-        (False, "wait"),
-        (False, "compare_set"),
-        (False, "delete_key"),
-        *(
-            pytest.param(
-                True,
-                name,
-                marks=pytest.mark.skipif(
-                    not all(
-                        map(compat.store_features().get, (compat.STORE_BARRIER, compat.QUEUES))
-                    ),
-                    reason="this torch has no Store.barrier, or no queues",
-                ),
-            )
-            for name in ("queue_pop", "compare_set", "delete_key")
-        ),
-    ],
-)
+@pytest.mark.parametrize("request_name", ["wait", "compare_set", "delete_key"])
 @pytest.mark.parametrize("method", ["recv_obj", "broadcast_obj"])
-def test_an_interrupted_receive(native, request_name, method):
-    assert run_ranks(_interrupt_receive, 2, native, request_name, method)[1] == LARGE
+def test_an_interrupted_receive(request_name, method):
+    assert run_ranks(_interrupt_receive, 2, request_name, method)[1] == LARGE
 
 
 # Rank 1 is started with a wrong world size and refused. Rank 0 still waits, and lets the right one

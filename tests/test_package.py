@@ -204,9 +204,9 @@ def test_errors_can_be_pickled(kind):
 LAYERS = [
     {"errors", "compat", "checks"},
     {"waiting", "keys", "pipeline", "tensors", "phases"},
-    {"gates", "boxes", "messages", "calls", "store", "barrier_state", "backends"},
-    {"barrier", "observer"},
-    {"rendezvous"},
+    {"gates", "boxes", "calls", "store", "barrier_state", "backends"},
+    {"barrier", "observer", "messages"},
+    {"rendezvous", "mailbox", "gathering"},
     {"stateless", "process_groups", "collectives", "small_sums"},
 ]
 INDEPENDENT = {"tensor_parallel", "polling"}
@@ -260,7 +260,7 @@ def test_independent_modules_import_nothing_of_refdist():
 # for notebooks.
 
 BENCHMARK_LAYERS = [
-    {"launch", "ways"},
+    {"launch", "ways", "bare"},
     {"allreduce", "control"},
     {"records"},
     {"data_plane"},

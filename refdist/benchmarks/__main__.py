@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -165,21 +166,18 @@ def _print_json(timings: Sequence[ControlTiming]) -> None:
 
 
 def _print_table(timings: Sequence[ControlTiming]) -> None:
-    """One line an operation: the time of refdist, and how many times as long the others took."""
+    """For each operation, the time of refdist, and how many times as long the others took."""
     for operation in dict.fromkeys(timing.operation for timing in timings):
         some = [timing for timing in timings if timing.operation == operation]
         ours = next(timing for timing in some if timing.implementation == "refdist")
-        others = [
-            f"{timing.implementation} {timing.seconds * 1e3:.3f} ms "
-            f"(x {timing.seconds / ours.seconds:.2f})"
-            for timing in some
-            if timing is not ours
-        ]
-        print(
-            f"{ours.world_size:4} ranks  {operation:22} {ours.seconds * 1e3:9.3f} ms"
-            f"   {'; '.join(others)}",
-            flush=True,
-        )
+        print(f"{ours.world_size:4} ranks  {operation:22} {ours.seconds * 1e3:9.3f} ms")
+        for timing in some:
+            if timing is not ours:
+                print(
+                    f"{'':13}{timing.implementation:48} {timing.seconds * 1e3:9.3f} ms"
+                    f"  x {timing.seconds / ours.seconds:.2f}"
+                )
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch.distributed import TCPStore
 
 from refdist.barrier import Barrier
+from refdist.benchmarks.bare import bare_barriers
 from refdist.benchmarks.launch import LOCAL, place, run_ranks
 from refdist.compat import STORE_BARRIER, store_features
 from refdist.process_groups import stateless_init_torch_distributed_process_group
@@ -29,6 +30,9 @@ from refdist.store import create_tcp_store
 WORLD_SIZES = (2, 4, 8, 16, 32)
 MANY_RANKS = (32, 64, 128, 256, 400)
 LARGE_BYTES = 64 * 2**20
+BARE = "bare: "
+"""So begin the names of what asks the same of the store as refdist's barrier, without the rest."""
+
 _MINUTES = timedelta(minutes=5)
 _MANY_PROCESSES = 4
 
@@ -140,8 +144,9 @@ def _groups(
         ("barrier", "gloo"): lambda: gloo.barrier().wait(),
     }
     if store_features()[STORE_BARRIER]:
-        store = _store(rank, world_size, board, "bare")
-        operations["barrier", "Store.barrier"] = _bare_barrier(store, world_size)
+        steps = bare_barriers(_store(rank, world_size, board, "bare"), rank, world_size)
+        for name, bare in steps.items():
+            operations["barrier", "Store.barrier" if name == "arrive" else BARE + name] = bare
     groups = {"refdist": group}
     vllm = _vllm_group()
     if vllm is not None:
@@ -160,18 +165,6 @@ def _groups(
             operations["64 MiB broadcast_obj", name] = partial(_broadcast_and_wait, some, large)
     yield group, operations
     group.barrier()
-
-
-def _bare_barrier(store: Any, world_size: int) -> Callable[[], None]:
-    count = 0
-
-    def barrier() -> None:
-        # the count goes on from one barrier to the next
-        nonlocal count
-        count += world_size
-        store.barrier("bare", count, _MINUTES)
-
-    return barrier
 
 
 def _broadcast_from_each(group: Any, obj: Any) -> None:

@@ -1,0 +1,79 @@
+"""A gather: a barrier to which each rank brings an object.
+
+Small objects are written on the roll of the barrier. Of a large one the roll holds the lengths, and
+the chunks have keys of their own, which the ranks read between this barrier and a second one.
+"""
+
+from contextlib import suppress
+from typing import Any
+
+from torch.distributed import Store
+
+from refdist import keys, messages
+from refdist.barrier import Barrier
+from refdist.errors import MessageError
+from refdist.phases import Record
+from refdist.waiting import CancelledWaitError, Deadline
+
+
+class Unusable:
+    """What a rank gave to a gather, where it is no object."""
+
+    def __init__(self, error: MessageError) -> None:
+        self.error = error
+
+
+class Gathering:
+    """The gathers of one group, one after the other, as one of its ranks sees them."""
+
+    def __init__(self, store: Store, rank: int, barrier: Barrier) -> None:
+        self._store = store
+        self._rank = rank
+        self._barrier = barrier
+        self._written: list[str] = []  # chunks, to delete when everyone has read them
+
+    def gather(
+        self,
+        obj: Any,
+        encoded: messages.Encoded | Exception,
+        deadline: Deadline,
+        record: Record | None = None,
+    ) -> list[Any | Unusable]:
+        """Bring an object, or the reason why there is none, and return what each rank brought.
+
+        Returns:
+            The objects in rank order; at this rank's place, ``obj`` itself.
+
+        Raises:
+            BarrierError, CancelledWaitError, torch.distributed.DistError: as ``Barrier.wait``.
+            MessageError: the roll holds what no rank writes.
+        """
+        number = self._barrier.generation
+        if isinstance(encoded, Exception):
+            value = messages.failure(f"rank {self._rank} had no object to give: {encoded!r}")
+        else:
+            value = encoded.value
+            own_key = keys.gathered_value(self._rank, number)
+            self._written += messages.chunk_keys(own_key, messages.lengths_of(value))
+            with suppress(CancelledWaitError):  # which the barrier raises too, and so breaks
+                messages.write_chunks(self._store, own_key, encoded, deadline)
+        values = self._barrier.gather(value, deadline, record)
+        found = [
+            obj if rank == self._rank else self._read(rank, number, theirs, deadline)
+            for rank, theirs in enumerate(values)
+        ]
+        if any(map(messages.lengths_of, values)):
+            # the chunks must stay, and the store too, until everyone has read them
+            deadline.restart()
+            self._barrier.wait(deadline, record)
+        for key in self._written:
+            self._store.delete_key(key)
+        self._written.clear()
+        return found
+
+    def _read(self, rank: int, number: int, value: bytes, deadline: Deadline) -> Any | Unusable:
+        try:
+            key = keys.gathered_value(rank, number)
+            return messages.read(self._store, key, value, deadline)
+        except MessageError as error:
+            return Unusable(error)
