@@ -24,6 +24,7 @@ from refdist.benchmarks.allreduce import (
 )
 from refdist.benchmarks.bare import bare_barriers
 from refdist.benchmarks.control import ControlTiming, exponent, time_control, time_many_ranks
+from refdist.benchmarks.fit import fit_line
 from refdist.benchmarks.launch import run_as_rank, under_torchrun
 from refdist.benchmarks.launch import run_ranks as run_benchmark_ranks
 from refdist.benchmarks.records import (
@@ -47,6 +48,8 @@ def group_of(rank, name="group"):
 
 
 def measure(rank, dtype):
+    with pytest.warns(UserWarning, match="no symmetric memory: needs CUDA tensors"):
+        assert time_all_reduce(group_of(rank, "other"), sizes=[8], ways=["two-shot"]) == []
     return time_all_reduce(group_of(rank), sizes=[8, 4096, 2**20], dtype=dtype, runs=3)
 
 
@@ -192,6 +195,30 @@ def test_links_are_read_and_rated():
     assert link_bandwidth({"device": "2 x NVIDIA H200", "links": "NV18"}) == 450e9
     assert link_bandwidth({"device": "2 x NVIDIA H200", "links": "PHB"}) is None
     assert link_bandwidth({"device": "AMD EPYC", "links": "loopback"}) is None
+
+
+def timings_along(alpha, beta, factors=(1,) * 8):
+    sizes = [4**power for power in range(5, 13)]
+    seconds = [(alpha + beta * size) * factor for size, factor in zip(sizes, factors, strict=True)]
+    return [AllReduceTiming(n, 2, t, t, t) for n, t in zip(sizes, seconds, strict=True)]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1e-5, 1e-9), (3e-3, 2e-12), (0.0, 1e-9)])
+def test_a_line_is_found_again(alpha, beta):
+    line = fit_line(timings_along(alpha, beta))
+    assert (line.alpha, line.beta) == pytest.approx((alpha, beta), rel=1e-6, abs=1e-12)
+    assert line.error < 1e-9
+    assert line.seconds(2**20) == pytest.approx(alpha + beta * 2**20)
+    assert line.balance == pytest.approx(alpha / beta, abs=1e-2)
+
+
+def test_the_error_of_a_line_is_relative():
+    factors = (1.1, 0.9) * 4
+    line = fit_line(timings_along(1e-5, 1e-9, factors))
+    assert 0.05 < line.error < 0.15
+    assert line.alpha == pytest.approx(1e-5, rel=0.2) and line.beta == pytest.approx(1e-9, rel=0.2)
+    with pytest.raises(ValueError, match="timings of 1 messages: must be of at least two sizes"):
+        fit_line([AllReduceTiming(8, 2, 1.0, 1.0, 1.0)])
 
 
 def test_calls_fit_into_whole_graphs():

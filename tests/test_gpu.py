@@ -150,6 +150,8 @@ def _measure(here, dtype):
     group = form(here, group_name="measured")
     sizes = [1024, 2**20, 2 * SMALL_BYTES]
     timings = time_all_reduce(group, f"cuda:{here.rank}", sizes, dtype, runs=2)
+    alone = time_all_reduce(group, f"cuda:{here.rank}", [64], dtype, runs=1, ways=["graph"])
+    assert [timing.way for timing in alone] == ["graph"]
     stateless_destroy_torch_distributed_process_group(group)
     return timings
 
@@ -169,7 +171,7 @@ def test_all_reduce_in_every_way(dtype):
 def _measure_unregistered(here):
     group = form(here)
     with pytest.warns(UserWarning, match="no symmetric memory: group: is not registered"):
-        timings = time_all_reduce(group, f"cuda:{here.rank}", [1024], runs=2)
+        timings = time_all_reduce(group, f"cuda:{here.rank}", [1024], runs=2, ways=list(WAYS))
     stateless_destroy_torch_distributed_process_group(group)
     return [timing.way for timing in timings]
 

@@ -262,7 +262,7 @@ def test_independent_modules_import_nothing_of_refdist():
 BENCHMARK_LAYERS = [
     {"launch", "ways", "bare"},
     {"allreduce", "control"},
-    {"records"},
+    {"records", "fit"},
     {"data_plane"},
     {"small"},
     {"__main__"},

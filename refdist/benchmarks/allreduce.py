@@ -91,7 +91,7 @@ def time_all_reduce(
         dtype: of the elements; a float type.
         runs: timed runs for each size, at least 1.
         ways: keys of ``ways.WAYS``; None for all that are possible here. What is not possible for
-            a size is left out.
+            a size is left out, with a warning where symmetric memory is lacking.
 
     Returns:
         The same on every rank, by size and then by way.
@@ -113,12 +113,11 @@ def time_all_reduce(
     sizes = [size for size in sizes if size <= _largest(group, device)]
     if not sizes:
         return []
-    workspace = Workspace(group, device, dtype, max(sizes))
+    workspace = Workspace(group, device, dtype, max(sizes), ways)
     return [
         _time(group, workspace.prepare(way, num_bytes), way, runs)
         for num_bytes in sizes
         for way in workspace.ways(num_bytes)
-        if ways is None or way in ways
     ]
 
 

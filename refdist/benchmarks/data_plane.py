@@ -18,7 +18,7 @@ from refdist.benchmarks.allreduce import (
 )
 from refdist.benchmarks.launch import LOCAL, place, run_as_rank, run_ranks, under_torchrun
 from refdist.benchmarks.records import describe_machine
-from refdist.benchmarks.ways import WITHOUT_MULTICAST
+from refdist.benchmarks.ways import WAYS, WITHOUT_MULTICAST
 from refdist.process_groups import (
     stateless_destroy_torch_distributed_process_group,
     stateless_init_torch_distributed_process_group,
@@ -76,9 +76,11 @@ def _time_as_rank(
     backend = plan.backend or choose_backend(local_size)
     group, device = form_group(rank, world_size, board, host, backend)
     sizes = plan.sizes or (GPU_SIZES if device.type == "cuda" else SIZES)
+    # named, so that it is said why one is lacking
+    ways = plan.ways or (list(WAYS) if device.type == "cuda" else None)
     timings = []
     for name in plan.dtypes:
-        timings += time_all_reduce(group, device, sizes, DTYPES[name], plan.runs, plan.ways)
+        timings += time_all_reduce(group, device, sizes, DTYPES[name], plan.runs, ways)
     stateless_destroy_torch_distributed_process_group(group)
     return timings, describe_machine() | {"backend": backend}
 

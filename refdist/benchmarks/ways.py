@@ -1,7 +1,7 @@
 """The ways to all-reduce one tensor: by plain calls, from a CUDA graph, in symmetric memory."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,28 +53,39 @@ class Workspace:
         device: where this rank's tensors are.
         dtype: of the elements.
         num_bytes: the largest message.
+        ways: those that are wanted; None for all that are possible.
 
-    All ranks of the group create theirs at the same time.
+    All ranks of the group create theirs at the same time, and want the same ways. Warns where one
+    is wanted by name that needs symmetric memory, and there is none.
     """
 
     def __init__(
-        self, group: ProcessGroup, device: torch.device, dtype: torch.dtype, num_bytes: int
+        self,
+        group: ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_bytes: int,
+        ways: Sequence[str] | None = None,
     ) -> None:
         self.group = group
+        self._wanted = list(WAYS if ways is None else ways)
         self._memory = torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device=device)
         self._symmetric: torch.Tensor | None = None
         self._reason = "needs CUDA tensors"
-        if device.type == "cuda":
+        needs_it = any("shot" in way for way in self._wanted)
+        if device.type == "cuda" and needs_it:
             small = min(num_bytes, SMALL_BYTES) // dtype.itemsize
             self._symmetric, self._reason = _symmetric_memory(group, device, dtype, small)
-            if self._symmetric is None:
-                warnings.warn(f"no symmetric memory: {self._reason}", stacklevel=3)
+        if ways is not None and needs_it and self._symmetric is None:
+            warnings.warn(f"no symmetric memory: {self._reason}", stacklevel=3)
 
     def ways(self, num_bytes: int) -> list[str]:
-        """The ways that are possible for a message of this size."""
+        """The ways that are wanted and possible for a message of this size."""
         if self._memory.device.type != "cuda" or num_bytes > SMALL_BYTES:
-            return ["plain"]
-        return ["plain", "graph"] if self._symmetric is None else list(WAYS)
+            possible = ["plain"]
+        else:
+            possible = ["plain", "graph"] if self._symmetric is None else list(WAYS)
+        return [way for way in possible if way in self._wanted]
 
     def prepare(self, way: str, num_bytes: int) -> Prepared:
         """A tensor of ``num_bytes`` and what sums it, without the graph."""
@@ -122,6 +133,8 @@ def _repeat(call: Callable[[], object], times: int) -> None:
 
 
 def _record(call: Callable[[], object], times: int) -> Any:
+    call()  # a kernel that is used for the first time is loaded, which cannot be recorded
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # NCCL's watchdog thread looks at events meanwhile, which concerns the other threads only
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
