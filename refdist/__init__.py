@@ -42,6 +42,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from refdist.errors import (
     BarrierError,
+    CollectiveError,
     ConcurrentCallError,
     GroupCreationError,
     MessageError,
@@ -53,11 +54,11 @@ from refdist.phases import PhaseEvent
 from refdist.pipeline import get_pp_indices
 from refdist.polling import USE_SCHED_YIELD, sched_yield
 from refdist.process_groups import (
-    cpu_all_reduce_,
     init_gloo_process_group,
     stateless_destroy_torch_distributed_process_group,
     stateless_init_torch_distributed_process_group,
 )
+from refdist.small_sums import cpu_all_reduce_
 from refdist.stateless import StatelessProcessGroup
 from refdist.store import create_tcp_store
 from refdist.tensor_parallel import (
@@ -75,6 +76,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 __all__ = [
     "USE_SCHED_YIELD",
     "BarrierError",
+    "CollectiveError",
     "ConcurrentCallError",
     "GroupCreationError",
     "MessageError",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C import _distributed_c10d as c10d
 from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore
 
 STORE_BARRIER = "Store.barrier: a barrier in one request"
@@ -78,6 +79,16 @@ def open_server(listen_fd: int, **arguments: Any) -> TCPStore:
     return TCPStore(is_master=True, master_listen_fd=listen_fd, use_libuv=use_libuv, **arguments)
 
 
+def abort(group: ProcessGroup) -> None:
+    """Give up NCCL's outstanding work on this rank. Gloo has nothing like it.
+
+    A method of NCCL's backend on 2.6 to 2.15; ``ProcessGroup.abort`` exists on 2.13 and 2.15.
+    """
+    for device, backend in backends(group):
+        if device.type == "cuda":
+            backend.abort()
+
+
 def shut_down(group: ProcessGroup) -> None:
     """Shut down each backend of a group.
 
@@ -90,11 +101,48 @@ def shut_down(group: ProcessGroup) -> None:
         group.shutdown()
         return
     time.sleep(0.05)  # lets such a thread have the lock
-    devices: list[torch.device] = group._device_types
-    for device in devices:
-        shutdown = getattr(group._get_backend(device), "_shutdown", None)
+    for _, backend in backends(group):
+        shutdown = getattr(backend, "_shutdown", None)
         if shutdown is not None:
             shutdown()
+
+
+def backends(group: ProcessGroup) -> list[tuple[torch.device, Any]]:
+    """The kinds of device of a group, and the backend of each, by names private on 2.6 to 2.15."""
+    return [(device, group._get_backend(device)) for device in group._device_types]
+
+
+def symmetric_memory(
+    group: ProcessGroup, device: torch.device, dtype: torch.dtype, count: int
+) -> torch.Tensor:
+    """A tensor on each rank's GPU that all ranks of the group can read. All ranks call this.
+
+    torch 2.11 to 2.15 find the group by the name under which it is registered. On 2.6 they look
+    it up among the groups of the global state.
+
+    Raises:
+        ValueError: this torch cannot, or the group is not registered.
+        RuntimeError: the GPUs cannot reach each other's memory.
+    """
+    if torch.__version__ < torch.torch_version.TorchVersion("2.11"):
+        raise ValueError(f"torch {torch.__version__}: has symmetric memory for global groups only")
+    from torch.distributed import _symmetric_memory as module
+
+    if not hasattr(torch.ops.symm_mem, "two_shot_all_reduce_"):
+        raise ValueError(f"torch {torch.__version__}: was built without symmetric memory")
+    if registered_group(group.group_name) is not group:
+        raise ValueError("group: is not registered; create it with a group_name")
+    tensor = module.empty(count, dtype=dtype, device=device)
+    module.rendezvous(tensor, group.group_name)
+    return tensor
+
+
+def registered_group(name: Any) -> ProcessGroup | None:
+    """The group that torch knows under a name."""
+    try:
+        return c10d._resolve_process_group(name)
+    except RuntimeError:
+        return None
 
 
 @cache

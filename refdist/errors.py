@@ -55,6 +55,39 @@ class GroupCreationError(RuntimeError):
         self.missing = tuple(missing)
 
 
+class CollectiveError(RuntimeError):
+    """An operation of a torch group failed on this rank, or did not end in time.
+
+    Attributes:
+        operation: its name, such as ``"all_reduce"``.
+        elapsed: seconds that it took.
+    """
+
+    def __init__(self, message: str, *, operation: str = "", elapsed: float = 0.0) -> None:
+        super().__init__(message)
+        self.operation = operation
+        self.elapsed = elapsed
+
+
+def failure(
+    operation: str,
+    rank: int,
+    size: int,
+    elapsed: float,
+    allowed: float | None,
+    reason: BaseException,
+) -> CollectiveError:
+    """The CollectiveError of an operation: its name, who saw it, after how long, and why."""
+    limit = "" if allowed is None else f" of {allowed:g}"
+    why = (str(reason).splitlines() or [type(reason).__name__])[0]
+    return CollectiveError(
+        f"{operation} failed on rank {rank} of {size} after {elapsed:.2f}{limit} s: {why}; the "
+        f"group cannot be used again",
+        operation=operation,
+        elapsed=elapsed,
+    )
+
+
 class BarrierError(RuntimeError):
     """A barrier did not complete on this rank.
 

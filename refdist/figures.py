@@ -10,9 +10,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from refdist.benchmarks.allreduce import AllReduceTiming
+from refdist.benchmarks.fit import Line
 from refdist.observer import KeyCount
 from refdist.phases import PhaseEvent
 
@@ -182,8 +183,20 @@ def remainder_map(extra: Sequence[Sequence[int]], title: str = "") -> Figure:
     return _finished(fig)
 
 
-def all_reduce_times(timings: Sequence[AllReduceTiming], title: str = "") -> Figure:
-    """Time and bus bandwidth of all-reduce against the message size, each on logarithmic axes."""
+def all_reduce_times(
+    timings: Sequence[AllReduceTiming],
+    title: str = "",
+    line: Line | None = None,
+    limit: float | None = None,
+) -> Figure:
+    """Time and bus bandwidth of all-reduce against the message size, each on logarithmic axes.
+
+    Args:
+        timings: of one way, by size.
+        title: the figure's title.
+        line: fitted to the times, drawn beside them.
+        limit: bytes a second that a link carries each way, drawn beside the bandwidths.
+    """
     if not timings:
         raise ValueError("timings: is empty")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", dpi=_DPI)
@@ -196,8 +209,13 @@ def all_reduce_times(timings: Sequence[AllReduceTiming], title: str = "") -> Fig
         [timing.slowest * 1e6 for timing in timings],
         color=_SKY, alpha=0.35, label="fastest to slowest run",
     )  # fmt: skip
+    if line is not None:
+        left.loglog(
+            sizes, [line.seconds(size) * 1e6 for size in sizes],
+            linestyle="--", color="black", linewidth=1,
+            label=r"$\alpha + \beta \cdot$ size, fitted",
+        )  # fmt: skip
     left.set_ylabel("time of one all-reduce (µs)")
-    left.legend(loc="upper left")
     right.loglog(
         sizes, [timing.bus_bandwidth / 1e9 for timing in timings],
         marker="s", color=_VERMILION, label="bus bandwidth",
@@ -206,17 +224,60 @@ def all_reduce_times(timings: Sequence[AllReduceTiming], title: str = "") -> Fig
         sizes, [timing.algorithm_bandwidth / 1e9 for timing in timings],
         marker="^", linestyle="--", color=_GREEN, label="algorithm bandwidth",
     )  # fmt: skip
+    if limit is not None:
+        label = f"limit of the links, {limit / 1e9:g} GB/s"
+        right.axhline(limit / 1e9, color="black", linestyle=":", label=label)
     right.set_ylabel("bandwidth (GB/s)")
-    right.legend(loc="upper left")
+    left.legend(loc="upper left")
+    right.legend(loc="lower right")
     for ax in (left, right):
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_name(value)))
-        ax.set_xlabel("message size")
-        ax.grid(alpha=0.3)
+        _size_axis(ax, sizes)
     fig.suptitle(title)
     return _finished(fig)
+
+
+_WAYS = {
+    "plain": (_BLUE, "o", "-"),
+    "graph": (_BLUE, "o", ":"),
+    "one-shot": (_VERMILION, "^", "-"),
+    "one-shot graph": (_VERMILION, "^", ":"),
+    "two-shot": (_GREEN, "s", "-"),
+    "two-shot graph": (_GREEN, "s", ":"),
+}
+
+
+def all_reduce_ways(timings: Sequence[AllReduceTiming], title: str = "") -> Figure:
+    """Time of all-reduce against the message size, a line for each way, on logarithmic axes.
+
+    Ways that are replayed from a graph are dotted.
+    """
+    if not timings:
+        raise ValueError("timings: is empty")
+    fig, ax = plt.subplots(figsize=(9, 4.2), layout="constrained", dpi=_DPI)
+    for way, (colour, marker, style) in _WAYS.items():
+        some = [timing for timing in timings if timing.way == way]
+        if some:
+            ax.loglog(
+                [timing.num_bytes for timing in some],
+                [timing.seconds * 1e6 for timing in some],
+                marker=marker, linestyle=style, color=colour, label=way,
+                markerfacecolor="white" if style == ":" else colour,
+            )  # fmt: skip
+    ax.set_ylabel("time of one all-reduce (µs)")
+    _size_axis(ax, sorted({timing.num_bytes for timing in timings}))
+    ax.set_title(title)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _finished(fig)
+
+
+def _size_axis(ax: Axes, sizes: Sequence[int]) -> None:
+    """A logarithmic axis of message sizes, with a mark at each, or at every other of many."""
+    shown = sizes[:: 1 if len(sizes) < 9 else 2]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(shown, [size_name(size) for size in shown])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("message size")
+    ax.grid(alpha=0.3)
 
 
 def size_name(num_bytes: float) -> str:

@@ -1,80 +1,23 @@
 """Torch process groups, gloo and NCCL, that no global state knows of."""
 
-import os
 import socket
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, overload
 
-import torch
 from torch._C import _distributed_c10d as c10d
 from torch.distributed import Backend, PrefixStore, ProcessGroup, Store
-from torch.distributed.constants import default_pg_timeout
 
 from refdist import compat
+from refdist.backends import (
+    address_towards,
+    check_backend,
+    create_group,
+    default_timeout,
+    end_group,
+)
 from refdist.checks import check_rank
 from refdist.rendezvous import listening, meet
 from refdist.store import close_quietly
-
-
-def _gloo_backend(
-    store: Store, rank: int, size: int, timeout: timedelta, address: str | None
-) -> Any:
-    """Gloo, listening on ``address``; None leaves the choice to gloo, as does the user's own."""
-    from torch.distributed import ProcessGroupGloo
-
-    gloo: Any = ProcessGroupGloo  # its annotations leave out the options
-    if address is None or "GLOO_SOCKET_IFNAME" in os.environ:
-        return gloo(store, rank, size, timeout=timeout)
-    options = gloo._Options()
-    options._devices = [gloo.create_device(hostname=address)]
-    options._timeout = timeout
-    return gloo(store, rank, size, options)
-
-
-def _nccl_backend(
-    store: Store, rank: int, size: int, timeout: timedelta, address: str | None
-) -> Any:
-    """NCCL, on the current CUDA device of this process."""
-    from torch.distributed import ProcessGroupNCCL
-
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return ProcessGroupNCCL(store, rank, size, options)
-
-
-_BACKENDS: dict[str, tuple[str, timedelta, Callable[..., Any]]] = {
-    # name: device of its tensors, torch's default timeout, constructor
-    "gloo": ("cpu", default_pg_timeout, _gloo_backend),
-    "nccl": ("cuda", timedelta(minutes=10), _nccl_backend),
-}
-
-
-def _check_backend(backend: str) -> str:
-    name = str(backend).lower()
-    if name not in _BACKENDS:
-        raise ValueError(f"backend={backend!r}: must be one of {', '.join(_BACKENDS)}")
-    if name == "nccl" and not torch.cuda.is_available():
-        raise ValueError("backend='nccl': needs a CUDA GPU, and torch finds none; use 'gloo'")
-    return name
-
-
-def _create_group(
-    backend: str,
-    store: Store,
-    rank: int,
-    size: int,
-    timeout: timedelta,
-    address: str | None = None,
-) -> ProcessGroup:
-    """A group with one backend for one kind of device, unknown to ``torch.distributed``."""
-    device, _, construct = _BACKENDS[backend]
-    group = ProcessGroup(store, rank, size)
-    kind = getattr(ProcessGroup.BackendType, backend.upper())
-    group._set_default_backend(kind)
-    implementation = construct(store, rank, size, timeout, address)
-    group._register_backend(torch.device(device), kind, implementation)
-    return group
 
 
 @overload
@@ -140,7 +83,7 @@ def init_gloo_process_group(
     if str(backend).lower() != "gloo":
         raise ValueError(f"backend={backend!r}: must be 'gloo'")
     check_rank(group_rank, group_size, "group_rank", "group_size")
-    return _create_group("gloo", prefix_store, group_rank, group_size, timeout)
+    return create_group("gloo", prefix_store, group_rank, group_size, timeout)
 
 
 @overload
@@ -187,9 +130,9 @@ def stateless_init_torch_distributed_process_group(
 
     Functions that need no global rank work on the group, such as
     ``torch.distributed.all_reduce(tensor, group=group)``. Those that name a rank (``broadcast``,
-    ``send``, ``recv``) take it as a global rank, which there is not; from torch 2.13 on they also
-    take ``group_src`` and ``group_dst``. The group's own methods take a rank of the group, on
-    every torch: ``group.broadcast(tensor, 0).wait()``.
+    ``send``, ``recv``) take it as a global rank, which there is not. ``refdist.collectives`` has
+    them all by rank in the group, on every torch: ``collectives.broadcast(tensor, 0, group)``. It
+    also says which of torch's own take ``group_src`` or ``group_dst`` on which torch.
 
     Args:
         host: where rank 0 listens, and nowhere else: a name, an IPv4 or an IPv6 address.
@@ -215,15 +158,15 @@ def stateless_init_torch_distributed_process_group(
 
     Source: the specification of ``vllm.distributed.utils``.
     """
-    name = _check_backend(backend)
-    if group_name is not None and _registered(group_name) is not None:
+    name = check_backend(backend)
+    if group_name is not None and compat.registered_group(group_name) is not None:
         raise ValueError(f"group_name={group_name!r}: is taken by another group of this process")
-    seconds = (_BACKENDS[name][1] if timeout is None else timeout).total_seconds()
+    seconds = (default_timeout(name) if timeout is None else timeout).total_seconds()
     with listening(host, port, rank, listen_socket) as listener:
         store, _, _ = meet(host, port, rank, world_size, seconds, listener)
         group_store = PrefixStore("group", store)
-        address = _address_towards(store.host, store.port)
-        group = _create_group(
+        address = address_towards(store.host, store.port)
+        group = create_group(
             name, group_store, rank, world_size, timedelta(seconds=seconds), address
         )
     if listen_socket is None:
@@ -238,61 +181,19 @@ def stateless_destroy_torch_distributed_process_group(pg: ProcessGroup) -> None:
     """Destroy a group of ``stateless_init_torch_distributed_process_group``.
 
     Shuts its backend down and, where it was registered under a name, removes it from there. The
-    other ranks are not waited for.
-    """
-    compat.shut_down(pg)
-    if _registered(pg.group_name) is pg:
-        c10d._unregister_process_group(pg.group_name)
-
-
-def cpu_all_reduce_(
-    tensor: torch.Tensor, group: ProcessGroup, timeout: timedelta | None = None
-) -> torch.Tensor:
-    """Sum a CPU tensor over the ranks of a gloo group, in place.
-
-    Args:
-        tensor: on the CPU, the same shape and dtype on every rank.
-        group: a gloo group.
-        timeout: None for the group's own.
-
-    Returns:
-        ``tensor``.
+    other ranks are not waited for. NCCL's work that the current stream has yet to finish gets half
+    of the group's timeout for it, and is then aborted: a rank may have died.
 
     Raises:
-        ValueError: ``tensor`` is not on the CPU.
-        RuntimeError: a rank did not come in time.
+        CollectiveError: NCCL did not shut down within the group's timeout.
     """
-    if tensor.device.type != "cpu":
-        raise ValueError(f"tensor on {tensor.device}: must be on the CPU")
-    options = c10d.AllreduceOptions()  # sums, unless told otherwise
-    if timeout is None:
-        group.allreduce([tensor], options).wait()
-    else:
-        options.timeout = timeout
-        # torch 2.6 does not heed the timeout of the options
-        group.allreduce([tensor], options).wait(timeout)
-    return tensor
+    try:
+        end_group(pg)
+    finally:
+        if compat.registered_group(pg.group_name) is pg:
+            c10d._unregister_process_group(pg.group_name)
 
 
 def _register(group: ProcessGroup, name: Any) -> None:
     group._set_group_name(name)
     c10d._register_process_group(name, group)
-
-
-def _registered(name: Any) -> ProcessGroup | None:
-    """The group that torch knows under a name."""
-    try:
-        return c10d._resolve_process_group(name)
-    except RuntimeError:
-        return None
-
-
-def _address_towards(host: str, port: int) -> str | None:
-    """The address by which this machine reaches another; None if ``host`` is a wildcard."""
-    if host in ("0.0.0.0", "::"):
-        return None
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # connecting a datagram socket sends nothing, but chooses the route
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return str(probe.getsockname()[0])

@@ -2,9 +2,13 @@
 
 import pytest
 
+from refdist import figures
 from refdist.benchmarks.allreduce import AllReduceTiming
+from refdist.benchmarks.fit import Line
+from refdist.benchmarks.ways import WAYS
 from refdist.figures import (
     all_reduce_times,
+    all_reduce_ways,
     barrier_timeline,
     keys_over_time,
     remainder_map,
@@ -83,6 +87,34 @@ def test_all_reduce_is_drawn_in_microseconds_and_gigabytes():
     assert list(right.lines[0].get_ydata()) == pytest.approx(bus)
     with pytest.raises(ValueError, match="timings: is empty"):
         all_reduce_times([])
+
+
+def test_all_reduce_is_drawn_beside_its_line_and_its_limit():
+    timings = [AllReduceTiming(size, 2, 1e-3, 1e-3, 2e-3) for size in (1024, 2**20)]
+    left, right = all_reduce_times(timings, line=Line(1e-3, 1e-9, 0.1), limit=450e9).axes
+    assert list(left.lines[1].get_ydata()) == pytest.approx([1001.024, 1000 + 2**20 / 1000])
+    assert list(right.lines[2].get_ydata()) == [450, 450]
+    assert "limit of the links, 450 GB/s" in [t.get_text() for t in right.get_legend().get_texts()]
+
+
+def test_every_way_has_a_line_of_its_own():
+    timings = [
+        AllReduceTiming(size, 2, seconds, seconds, seconds, way=way)
+        for size in (1024, 4096)
+        for way, seconds in (("plain", 3e-6), ("one-shot graph", 2e-6), ("graph", 1e-6))
+    ]
+    (ax,) = all_reduce_ways(timings, "title").axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+    assert drawn == {
+        "plain": pytest.approx([3, 3]),
+        "graph": pytest.approx([1, 1]),
+        "one-shot graph": pytest.approx([2, 2]),
+    }
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines}
+    assert len(looks) == 3
+    assert set(figures._WAYS) == set(WAYS)
+    with pytest.raises(ValueError, match="timings: is empty"):
+        all_reduce_ways([])
 
 
 @pytest.mark.parametrize(

@@ -204,10 +204,10 @@ def test_errors_can_be_pickled(kind):
 LAYERS = [
     {"errors", "compat", "checks"},
     {"waiting", "keys", "pipeline", "tensors", "phases"},
-    {"gates", "boxes", "calls", "store", "barrier_state"},
+    {"gates", "boxes", "calls", "store", "barrier_state", "backends"},
     {"barrier", "observer", "messages"},
     {"rendezvous", "mailbox", "gathering"},
-    {"stateless", "process_groups"},
+    {"stateless", "process_groups", "collectives", "small_sums"},
 ]
 INDEPENDENT = {"tensor_parallel", "polling"}
 OUTER = {"engines", "figures", "partition_figures", "pipeline_figures", "benchmarks"}
@@ -279,8 +279,11 @@ INNER_LAYERS = {
         {"__main__"},
     ],
     "benchmarks": [
-        {"allreduce", "bare", "launch", "transformer"},
-        {"control", "pipeline"},
+        {"launch", "ways", "bare", "transformer"},
+        {"allreduce", "control", "pipeline"},
+        {"records", "fit"},
+        {"data_plane"},
+        {"small"},
         {"__main__"},
     ],
 }

@@ -2,16 +2,13 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import date
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.control import (
     MANY_RANKS,
     WORLD_SIZES,
@@ -20,12 +17,28 @@ from refdist.benchmarks.control import (
     time_control,
     time_many_ranks,
 )
+from refdist.benchmarks.data_plane import DTYPES, Plan, run_all_reduce
+from refdist.benchmarks.records import append_records, describe_machine, to_record
+from refdist.benchmarks.small import SIZES as SMALL_SIZES
+from refdist.benchmarks.small import WORLD_SIZES as SMALL_WORLD_SIZES
+from refdist.benchmarks.small import time_small_sums
+from refdist.benchmarks.ways import WAYS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run the benchmark that it names."""
     parser = argparse.ArgumentParser(prog="python -m refdist.benchmarks", description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    _add_control(benchmarks)
+    _add_allreduce(benchmarks)
+    _add_cpu_allreduce(benchmarks)
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: must be at least 1")
+    options.run(parser, options)
+
+
+def _add_control(benchmarks: Any) -> None:
     control = benchmarks.add_parser(
         "control", help="barriers and objects, beside vLLM's, gloo's and torch's own"
     )
@@ -33,15 +46,107 @@ def main(arguments: Sequence[str] | None = None) -> None:
     control.add_argument("--many-ranks", type=int, nargs="*", default=MANY_RANKS)
     control.add_argument("--repeats", type=int, default=5)
     control.add_argument("--json", action="store_true", help="one JSON object a line")
-    options = parser.parse_args(arguments)
+    control.set_defaults(run=_control)
+
+
+def _add_allreduce(benchmarks: Any) -> None:
+    allreduce = benchmarks.add_parser(
+        "allreduce",
+        help="all-reduce over gloo, or over NCCL and symmetric memory",
+        description="Starts its own ranks, or is one of torchrun's.",
+    )
+    allreduce.add_argument("--world-size", type=int, help="number of ranks to start")
+    allreduce.add_argument("--backend", choices=["gloo", "nccl"])
+    allreduce.add_argument("--sizes", type=int, nargs="+", help="bytes of the tensor on each rank")
+    allreduce.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"]
+    )
+    allreduce.add_argument("--ways", nargs="+", choices=list(WAYS))
+    allreduce.add_argument("--repeats", type=int, default=7)
+    allreduce.add_argument("--json", action="store_true", help="one JSON object a line")
+    allreduce.add_argument("--output", type=Path, help="file to append the JSON lines to as well")
+    allreduce.set_defaults(run=_allreduce)
+
+
+def _add_cpu_allreduce(benchmarks: Any) -> None:
+    small = benchmarks.add_parser("cpu_allreduce", help="cpu_all_reduce_ beside gloo's all-reduce")
+    small.add_argument("--world-sizes", type=int, nargs="+", default=SMALL_WORLD_SIZES)
+    small.add_argument("--sizes", type=int, nargs="+", default=SMALL_SIZES)
+    small.add_argument("--repeats", type=int, default=9)
+    small.add_argument("--json", action="store_true", help="one JSON object a line")
+    small.set_defaults(run=_cpu_allreduce)
+
+
+def _cpu_allreduce(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    few = [n for n in options.world_sizes if n < 1]
+    if few:
+        parser.error(f"--world-sizes {few[0]}: must be at least 1")
+    bad = [size for size in options.sizes if size < 1 or size % 4]
+    if bad:
+        parser.error(f"--sizes {bad[0]}: must be multiples of 4, above 0")
+    timings = time_small_sums(options.world_sizes, options.sizes, options.repeats)
+    machine = describe_machine()
+    if options.json:
+        for timing in timings:
+            print(json.dumps({"benchmark": "cpu_allreduce"} | asdict(timing) | machine))
+        return
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{'ranks':>5} {'bytes':>7} {'cpu_all_reduce_ (us)':>21} {'gloo (us)':>10} {'ratio':>6}")
+    for timing in timings:
+        print(
+            f"{timing.world_size:5} {timing.num_bytes:7} {timing.seconds * 1e6:21.1f} "
+            f"{timing.gloo_seconds * 1e6:10.1f} {timing.ratio:6.2f}"
+        )
+
+
+def _allreduce(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.world_size is not None and options.world_size < 1:
+        parser.error(f"--world-size {options.world_size}: must be at least 1")
+    bad = [size for size in options.sizes or () if size < 1 or size % 8]
+    if bad:
+        parser.error(f"--sizes {bad[0]}: must be multiples of 8, above 0")
+    plan = Plan(
+        options.world_size, options.backend, options.sizes, options.dtypes, options.ways,
+        options.repeats,
+    )  # fmt: skip
+    answer = run_all_reduce(plan)
+    if answer is None:
+        return
+    timings, machine = answer
+    records = [to_record(timing, machine) for timing in timings]
+    if options.json:
+        for record in records:
+            print(json.dumps(record))
+    else:
+        _print_all_reduce(timings, machine)
+    if options.output:
+        append_records(options.output, records)
+
+
+def _print_all_reduce(timings: Sequence[AllReduceTiming], machine: dict[str, str]) -> None:
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(
+        f"{'bytes':>11}  {'dtype':9} {'way':15} {'time (us)':>10} {'fastest':>10} {'slowest':>10}"
+        f" {'launch':>10} {'algorithm (GB/s)':>17} {'bus (GB/s)':>11}"
+    )
+    for timing in timings:
+        times = (timing.seconds, timing.fastest, timing.slowest, timing.launch_seconds)
+        print(
+            f"{timing.num_bytes:11}  {timing.dtype:9} {timing.way:15} "
+            f"{' '.join(f'{seconds * 1e6:10.2f}' for seconds in times)} "
+            f"{timing.algorithm_bandwidth / 1e9:17.4g} {timing.bus_bandwidth / 1e9:11.4g}",
+            flush=True,
+        )
+
+
+def _control(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     small = [n for n in options.world_sizes if n < 2] + [n for n in options.many_ranks if n < 4]
     if small:
         parser.error(f"{small[0]} ranks: at least 2 processes, or 4 of many ranks")
-    if options.repeats < 1:
-        parser.error(f"--repeats {options.repeats}: must be at least 1")
     show = _print_json if options.json else _print_table
     if not options.json:
-        print(", ".join(f"{name} {value}" for name, value in _machine().items()), flush=True)
+        machine = describe_machine()
+        print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     for world_size in options.world_sizes:
         show(time_control([world_size], options.repeats))
     many = [t for n in options.many_ranks for t in _shown(show, time_many_ranks([n]))]
@@ -55,19 +160,9 @@ def _shown(show: Any, timings: list[ControlTiming]) -> list[ControlTiming]:
     return timings
 
 
-def _machine() -> dict[str, str]:
-    return {
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "cores": str(os.cpu_count()),
-        "machine": platform.machine(),
-        "date": date.today().isoformat(),
-    }
-
-
 def _print_json(timings: Sequence[ControlTiming]) -> None:
     for timing in timings:
-        print(json.dumps(asdict(timing) | _machine()), flush=True)
+        print(json.dumps(asdict(timing) | describe_machine()), flush=True)
 
 
 def _print_table(timings: Sequence[ControlTiming]) -> None:

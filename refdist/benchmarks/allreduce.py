@@ -1,4 +1,4 @@
-"""The time of all-reduce on a group, for messages of many sizes."""
+"""The time of all-reduce on a group, for messages of many sizes, in each way that there is."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,23 +10,35 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from refdist.benchmarks.ways import WAYS, Prepared, Workspace, launching, rounded
+
 SIZES = tuple(2**power for power in range(10, 25, 2))
 """Message sizes in bytes: 1 KiB to 16 MiB."""
 
-_BYTES_A_RUN = 2**24  # small messages are sent many times in a run, so that the clock's error fades
-_LONGEST_RUN = 50
+GPU_SIZES = tuple(2**power for power in range(10, 33, 2))
+"""Message sizes in bytes: 1 KiB to 4 GiB."""
+
+# small messages are sent many times in a run, so that the clock's error fades
+_BYTES_A_RUN = {"cpu": 2**24, "cuda": 2**32}
+_FEWEST_CALLS = {"cpu": 1, "cuda": 5}
+_MOST_CALLS = {"cpu": 50, "cuda": 200}
+_ELEMENTS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
 class AllReduceTiming:
-    """One message size.
+    """One message size, in one way.
 
     Attributes:
         num_bytes: size of the tensor on each rank.
         world_size: number of ranks.
-        seconds: time of one all-reduce, the median over the runs.
+        seconds: time of one all-reduce: of the slowest rank, the median over the runs.
         fastest: the same of the fastest run.
         slowest: the same of the slowest run.
+        dtype: of the elements.
+        way: how it was done; a key of ``ways.WAYS``.
+        launch_seconds: how long the host took to launch one, the median over the runs. Where it
+            is about as much as ``seconds``, the GPU waits for the host. On a CPU it is the same.
     """
 
     num_bytes: int
@@ -34,6 +46,9 @@ class AllReduceTiming:
     seconds: float
     fastest: float
     slowest: float
+    dtype: str = "float32"
+    way: str = "plain"
+    launch_seconds: float = 0.0
 
     @property
     def algorithm_bandwidth(self) -> float:
@@ -60,84 +75,141 @@ def time_all_reduce(
     sizes: Sequence[int] = SIZES,
     dtype: torch.dtype = torch.float32,
     runs: int = 7,
+    ways: Sequence[str] | None = None,
 ) -> list[AllReduceTiming]:
-    """Time the in-place sum over the ranks of a group. Every rank calls this at the same time.
+    """Time the sum over the ranks of a group. Every rank calls this at the same time.
 
-    For each size the result is verified first, exactly. Then come ``runs`` runs of several
-    all-reduces each, the first of them not counted. On a GPU, a run is timed by CUDA events.
+    For each size and way the result is verified first, exactly. Then come ``runs`` runs of many
+    all-reduces each, and before them one that is not counted. On a GPU, a run is timed by CUDA
+    events. Sizes for which some rank lacks the memory are left out.
 
     Args:
-        group: a gloo or NCCL group.
-        device: where this rank's tensors are; for NCCL its own GPU.
+        group: a gloo or NCCL group. For symmetric memory it must be registered under a name that
+            no earlier group of the process had.
+        device: where this rank's tensors are; for NCCL its own GPU, which is the current one.
         sizes: bytes of the tensor on each rank, each a multiple of the dtype's size.
         dtype: of the elements; a float type.
         runs: timed runs for each size, at least 1.
+        ways: keys of ``ways.WAYS``; None for all that are possible here. What is not possible for
+            a size is left out, with a warning where symmetric memory is lacking.
+
+    Returns:
+        The same on every rank, by size and then by way.
 
     Raises:
-        ValueError: a size is no multiple of the dtype's size, or ``runs`` is below 1.
-        RuntimeError: a result was wrong.
+        ValueError: a size is no multiple of the dtype's size, ``runs`` is below 1, or a way is
+            unknown.
+        RuntimeError: a result was wrong, on this rank or another.
     """
     if runs < 1:
         raise ValueError(f"runs={runs}: must be at least 1")
     device = torch.device(device)
-    timings = []
+    for way in ways or ():
+        if way not in WAYS:
+            raise ValueError(f"way={way!r}: must be one of {', '.join(WAYS)}")
     for num_bytes in sizes:
-        elements, rest = divmod(num_bytes, dtype.itemsize)
-        if rest or not elements:
+        if num_bytes % dtype.itemsize or num_bytes <= 0:
             raise ValueError(f"size={num_bytes}: must be a multiple of {dtype.itemsize}, above 0")
-        tensor = torch.empty(elements, dtype=dtype, device=device)
-        _verify(tensor, group)
-        tensor.zero_()  # sums of zeros stay finite, however many there are
-        repeats = max(1, min(_LONGEST_RUN, _BYTES_A_RUN // num_bytes))
+    sizes = [size for size in sizes if size <= _largest(group, device)]
+    if not sizes:
+        return []
+    workspace = Workspace(group, device, dtype, max(sizes), ways)
+    return [
+        _time(group, workspace.prepare(way, num_bytes), way, runs)
+        for num_bytes in sizes
+        for way in workspace.ways(num_bytes)
+    ]
 
-        def run(tensor: torch.Tensor = tensor, repeats: int = repeats) -> None:
-            for _ in range(repeats):
-                dist.all_reduce(tensor, group=group)
 
-        clock = _time_on_gpu if device.type == "cuda" else _time_on_cpu
-        seconds = []
+def _largest(group: ProcessGroup, device: torch.device) -> float:
+    """The largest message for which every rank has memory, with as much to spare for the rest."""
+    if device.type != "cuda":
+        return float("inf")
+    free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
+    dist.all_reduce(free, dist.ReduceOp.MIN, group=group)
+    return free.item() - 2**31
+
+
+def _time(group: ProcessGroup, prepared: Prepared, way: str, runs: int) -> AllReduceTiming:
+    with launching(prepared, way, 1) as launch:
+        _verify(prepared, group, launch, way)
+    prepared.tensor.zero_()  # sums of zeros stay finite, however many there are
+    num_bytes, kind = prepared.tensor.nbytes, prepared.tensor.device.type
+    wanted = min(_MOST_CALLS[kind], _BYTES_A_RUN[kind] // num_bytes)
+    calls = rounded(max(_FEWEST_CALLS[kind], wanted))
+    clock = _time_on_gpu if kind == "cuda" else _time_on_cpu
+    times = []
+    with launching(prepared, way, calls) as launch:
         for _ in range(runs + 1):
-            # all ranks start each run together
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
-            seconds.append(clock(run) / repeats)
-        counted = seconds[1:]
-        timings.append(
-            AllReduceTiming(num_bytes, group.size(), median(counted), min(counted), max(counted))
-        )
-    return timings
+            _meet(group, prepared.tensor.device)
+            times.append(clock(launch))
+    counted = torch.tensor(times[1:], dtype=torch.float64, device=prepared.tensor.device) / calls
+    # an all-reduce is done when its last rank is
+    dist.all_reduce(counted, dist.ReduceOp.MAX, group=group)
+    seconds, launches = counted.t().tolist()
+    return AllReduceTiming(
+        num_bytes, group.size(), median(seconds), min(seconds), max(seconds),
+        str(prepared.tensor.dtype).removeprefix("torch."), way, median(launches),
+    )  # fmt: skip
 
 
-def _verify(tensor: torch.Tensor, group: ProcessGroup) -> None:
+def _meet(group: ProcessGroup, device: torch.device) -> None:
+    """Let all ranks start a run together."""
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _verify(
+    prepared: Prepared, group: ProcessGroup, launch: Callable[[], None], way: str = "plain"
+) -> None:
     """Count, in each element, the ranks that are 0 modulo 3 when its index is added; compare.
 
     The sums are whole numbers up to the number of ranks: exact for bfloat16 up to 256 ranks.
+    Every rank learns whether another one found a sum to be wrong.
     """
-    n = group.size()
-    index = torch.arange(tensor.numel(), device=tensor.device)
-    tensor.copy_((index + group.rank()) % 3 == 0)
-    dist.all_reduce(tensor, group=group)
+    n, tensor, result = group.size(), prepared.tensor, prepared.result
     by_remainder = [sum((i + rank) % 3 == 0 for rank in range(n)) for i in range(3)]
-    expected = torch.tensor(by_remainder, dtype=tensor.dtype, device=tensor.device)[index % 3]
-    wrong = int((tensor != expected).sum())
-    if wrong:
+    expected = torch.tensor(by_remainder, dtype=tensor.dtype, device=tensor.device)
+    parts = range(0, tensor.numel(), _ELEMENTS_AT_ONCE)
+    for start in parts:
+        part = tensor[start : start + _ELEMENTS_AT_ONCE]
+        part.copy_((_indices(part, start) + group.rank()) % 3 == 0)
+    _meet(group, tensor.device)
+    launch()
+    wrong = torch.zeros(1, dtype=torch.int64, device=tensor.device)
+    for start in parts:
+        part = result[start : start + _ELEMENTS_AT_ONCE]
+        wrong += (part != expected[_indices(part, start) % 3]).sum()
+    mine = int(wrong)
+    dist.all_reduce(wrong, group=group)
+    if mine or int(wrong):
         raise RuntimeError(
-            f"all-reduce of {tensor.numel()} elements of {tensor.dtype} on {n} ranks: {wrong} "
-            f"elements are wrong on rank {group.rank()}"
+            f"all-reduce ({way}) of {tensor.numel()} elements of {tensor.dtype} on {n} ranks: "
+            f"{mine} elements are wrong on rank {group.rank()}, {int(wrong)} on all"
         )
 
 
-def _time_on_cpu(run: Callable[[], None]) -> float:
+def _indices(part: torch.Tensor, start: int) -> torch.Tensor:
+    return torch.arange(start, start + part.numel(), device=part.device)
+
+
+def _time_on_cpu(launch: Callable[[], None]) -> tuple[float, float]:
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    launch()
+    seconds = time.perf_counter() - start
+    return seconds, seconds
 
 
-def _time_on_gpu(run: Callable[[], None]) -> float:
+def _time_on_gpu(launch: Callable[[], None]) -> tuple[float, float]:
+    """The seconds between two events on the GPU, and those that the host took in between."""
     events: Any = torch.cuda.Event  # has no annotations
     start, end = events(enable_timing=True), events(enable_timing=True)
     start.record()
-    run()
+    before = time.perf_counter()
+    launch()
+    launched = time.perf_counter() - before
     end.record()
     end.synchronize()
     milliseconds: float = start.elapsed_time(end)
-    return milliseconds / 1e3
+    return milliseconds / 1e3, launched

@@ -5,7 +5,6 @@ and the bare ``Store.barrier`` of torch where it has one. All are run in turn, s
 same processes, so that what disturbs the machine disturbs all alike.
 """
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch.distributed import TCPStore
 
 from refdist.barrier import Barrier
 from refdist.benchmarks.bare import bare_barriers
-from refdist.benchmarks.launch import run_ranks
+from refdist.benchmarks.launch import LOCAL, place, run_ranks
 from refdist.compat import STORE_BARRIER, store_features
 from refdist.process_groups import stateless_init_torch_distributed_process_group
 from refdist.stateless import StatelessProcessGroup
@@ -34,7 +33,6 @@ LARGE_BYTES = 64 * 2**20
 BARE = "bare: "
 """So begin the names of what asks the same of the store as refdist's barrier, without the rest."""
 
-_LOCAL = "127.0.0.1"
 _MINUTES = timedelta(minutes=5)
 _MANY_PROCESSES = 4
 
@@ -134,8 +132,8 @@ def _groups(
     """A group of refdist, and what is timed, by operation and implementation."""
 
     def connect(name: str, create: Callable[..., Any]) -> Any:
-        with _place(rank, board, name) as (port, listener):
-            return create(_LOCAL, port, rank, world_size, listen_socket=listener)
+        with place(rank, board, name) as (port, listener):
+            return create(LOCAL, port, rank, world_size, listen_socket=listener)
 
     group = connect("refdist", StatelessProcessGroup.create)
     alone = Barrier(_store(rank, world_size, board, "alone"), rank, world_size)
@@ -204,20 +202,9 @@ def _vllm_group() -> Callable[..., Any] | None:
     return create
 
 
-@contextmanager
-def _place(rank: int, board: TCPStore, name: str) -> Iterator[tuple[int, socket.socket | None]]:
-    """A port that rank 0 has bound, and there the socket."""
-    if rank != 0:
-        yield int(board.get(f"port/{name}")), None
-        return
-    with socket.create_server((_LOCAL, 0)) as listener:
-        board.set(f"port/{name}", str(listener.getsockname()[1]))
-        yield listener.getsockname()[1], listener.dup()
-
-
 def _store(rank: int, world_size: int, board: TCPStore, name: str) -> TCPStore:
-    with _place(rank, board, name) as (port, listener):
-        return create_tcp_store(_LOCAL, port, listener, is_master=rank == 0, timeout=_MINUTES)
+    with place(rank, board, name) as (port, listener):
+        return create_tcp_store(LOCAL, port, listener, is_master=rank == 0, timeout=_MINUTES)
 
 
 def _time_threads(
@@ -227,7 +214,7 @@ def _time_threads(
     mine = range(process, ranks, processes)
     together = Barrier(_store(process, processes, board, "processes"), process, processes)
     store = _store(process, processes, board, f"threads/{ranks}")
-    stores = [store, *(create_tcp_store(_LOCAL, store.port, timeout=_MINUTES) for _ in mine[1:])]
+    stores = [store, *(create_tcp_store(LOCAL, store.port, timeout=_MINUTES) for _ in mine[1:])]
     barriers = [Barrier(store, rank, ranks) for store, rank in zip(stores, mine, strict=True)]
 
     def bare(index: int, turn: int) -> None:

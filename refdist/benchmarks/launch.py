@@ -1,19 +1,62 @@
-"""Ranks for a benchmark: real processes of this machine, which run the same function."""
+"""Ranks for a benchmark: processes of this machine that it starts itself, or those of torchrun."""
 
 import multiprocessing
+import os
+import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, Store
 
-from refdist.store import create_tcp_store
+from refdist.store import create_tcp_store, listen
 
+LOCAL = "127.0.0.1"
 _DEADLINE = timedelta(minutes=10)
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process as one of several ranks."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+
+
+def run_as_rank(function: Callable[..., Any], *arguments: Any) -> tuple[int, Any]:
+    """Call ``function(rank, world_size, board, *arguments)`` as the rank that torchrun says.
+
+    The board is torchrun's own store, below a prefix.
+
+    Returns:
+        The rank, and what the function returned.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = create_tcp_store(host, port, is_master=serves, timeout=_DEADLINE)
+    prefix = f"refdist/benchmarks/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    board = PrefixStore(prefix, store)
+    result = function(rank, world_size, board, *arguments)
+    board.set(f"ended/{rank}", "")
+    if serves:
+        board.wait([f"ended/{other}" for other in range(world_size)])
+    return rank, result
+
+
+@contextmanager
+def place(
+    rank: int, board: Store, name: str, host: str = LOCAL
+) -> Iterator[tuple[int, socket.socket | None]]:
+    """A port of ``host`` that rank 0 has bound, and on rank 0 a socket for the callee to keep."""
+    if rank != 0:
+        yield int(board.get(f"port/{name}")), None
+        return
+    with listen(host, 0) as listener:
+        board.set(f"port/{name}", str(listener.getsockname()[1]))
+        yield listener.getsockname()[1], listener.dup()
 
 
 def run_ranks(
@@ -34,7 +77,7 @@ def run_ranks(
     Raises:
         RuntimeError: a rank raised, died or did not end in time; the text has its traceback.
     """
-    board = create_tcp_store("127.0.0.1", 0, is_master=True, timeout=_DEADLINE)
+    board = create_tcp_store(LOCAL, 0, is_master=True, timeout=_DEADLINE)
     # forked from a process that has imported torch: tens of milliseconds, not seconds
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
@@ -88,7 +131,7 @@ def _run_rank(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        board: TCPStore = create_tcp_store("127.0.0.1", port, timeout=_DEADLINE)
+        board = create_tcp_store(LOCAL, port, timeout=_DEADLINE)
         answer = True, function(rank, world_size, board, *arguments)
     except BaseException:
         answer = False, traceback.format_exc()
