@@ -1,6 +1,6 @@
 """The states of a protocol on a simulated store, and the steps between them.
 
-A state is what the server remembers, what each rank has been told, and who is dead. Whatever has
+A state is what the server remembers, what each rank has been history, and who is dead. Whatever has
 led to it, the same can happen next, so schedules that lead to the same state are explored as one
 from there on. That loses nothing.
 
@@ -37,33 +37,35 @@ from refdist.exploration.server import (
 )
 
 
-class Told:
-    """What a rank has been told, in order: a node of a tree, whose children add one reply each.
+class History:
+    """What a rank has been history, in order: a node of a tree, whose children add one reply each.
 
     Attributes:
         calls: of the rank, as far as they have come.
         request: what it asks next; None at its end.
+        names: of all its calls.
+        reply: the last one.
         early: how many of its waits timed out while others could go on.
     """
 
-    def __init__(self, machine: "Machine", rank: int, parent: "Told | None", reply: Reply) -> None:
+    def __init__(self, machine: "Machine", rank: int, parent: "History | None", reply: Reply) -> None:
         self._machine = machine
         self._parent = parent
-        self._reply = reply
-        self._children: dict[Reply, Told] = {}
+        self.reply = reply
+        self._children: dict[Reply, History] = {}
         self.rank = rank
         self.early = 0 if parent is None else parent.early + (reply.kind == TIMED_OUT)
         asked, replies = self._history()
         ran = run(machine.protocol, rank, machine.world_size, asked, replies)
-        self.request = ran.request
+        self.names, self.request = ran.names, ran.request
         same = parent is not None and parent.calls == ran.calls
         self.calls = parent.calls if parent is not None and same else ran.calls
 
-    def then(self, reply: Reply) -> "Told":
-        """What the rank has been told after this reply."""
+    def then(self, reply: Reply) -> "History":
+        """What the rank has been history after this reply."""
         child = self._children.get(reply)
         if child is None:
-            child = self._children[reply] = Told(self._machine, self.rank, self, reply)
+            child = self._children[reply] = History(self._machine, self.rank, self, reply)
         return child
 
     def _history(self) -> tuple[list[Request], list[Reply]]:
@@ -74,7 +76,7 @@ class Told:
             request = node._parent.request
             assert request is not None
             asked.append(request)
-            replies.append(node._reply)
+            replies.append(node.reply)
             node = node._parent
         return asked[::-1], replies[::-1]
 
@@ -94,7 +96,7 @@ class State(NamedTuple):
 
     memory: Memory
     dead: frozenset[int]
-    ranks: tuple[Told, ...]
+    ranks: tuple[History, ...]
 
 
 class Machine:
@@ -107,7 +109,7 @@ class Machine:
 
     def start(self) -> State:
         """The state before any step."""
-        ranks = tuple(Told(self, r, None, Reply(ANSWERED)) for r in range(self.world_size))
+        ranks = tuple(History(self, r, None, Reply(ANSWERED)) for r in range(self.world_size))
         return State(self._remember(Server()), frozenset(), ranks)
 
     def _remember(self, server: Server) -> Memory:
@@ -125,11 +127,11 @@ class Machine:
             crashes: how many ranks may die, in all.
         """
         waiting = state.memory.waiting
-        early = sum(told.early for told in state.ranks) < timeouts
+        early = sum(history.early for history in state.ranks) < timeouts
         going = False
         waits: list[int] = []
-        for told in state.ranks:
-            rank, request = told.rank, told.request
+        for history in state.ranks:
+            rank, request = history.rank, history.request
             if request is None or rank in state.dead:
                 continue
             limited = request.seconds is not None
@@ -146,20 +148,20 @@ class Machine:
             for rank in waits:
                 yield f"t{rank}", self.time_out(state, rank, kind)
         if len(state.dead) < crashes and (going or waits):
-            for told in state.ranks:
-                if told.request is not None and told.rank not in state.dead:
-                    yield f"x{told.rank}", self.die(state, told.rank)
+            for history in state.ranks:
+                if history.request is not None and history.rank not in state.dead:
+                    yield f"x{history.rank}", self.die(state, history.rank)
 
     def go(self, state: State, rank: int) -> State:
         """The next request of a rank reaches the server."""
-        told = state.ranks[rank]
-        request = told.request
+        history = state.ranks[rank]
+        request = history.request
         assert request is not None
         if request.name == "enter":
             left = tuple(r.rank for r in state.ranks if _has_left(r.calls, request.arguments[0]))
-            return _replace(state, state.memory, [(rank, told.then(Reply(ANSWERED, left)))])
+            return _replace(state, state.memory, [(rank, history.then(Reply(ANSWERED, left)))])
         memory, reply, woken = self._serve(state.memory, request)
-        changed = [] if reply is None else [(rank, told.then(reply))]
+        changed = [] if reply is None else [(rank, history.then(reply))]
         changed += [(other, state.ranks[other].then(Reply(ANSWERED))) for other, _ in woken]
         return _replace(state, memory, changed)
 
@@ -183,12 +185,12 @@ class Machine:
 
     def time_out(self, state: State, rank: int, kind: str) -> State:
         """A wait of a rank times out; its request may not have reached the server before."""
-        told = state.ranks[rank]
-        assert told.request is not None
-        client = told.request.client
+        history = state.ranks[rank]
+        assert history.request is not None
+        client = history.request.client
         if rank not in state.memory.waiting:
             # what it wakes others for, it does
-            memory, _, woken = self._serve(state.memory, told.request)
+            memory, _, woken = self._serve(state.memory, history.request)
             changed = [(other, state.ranks[other].then(Reply(ANSWERED))) for other, _ in woken]
             state = _replace(state, memory, changed)
         forgot = state.memory.forgot.get(client)
@@ -196,7 +198,7 @@ class Machine:
             server = state.memory.server.copy()
             server.cancel(client)
             forgot = state.memory.forgot[client] = self._remember(server)
-        return _replace(state, forgot, [(rank, told.then(Reply(kind)))])
+        return _replace(state, forgot, [(rank, history.then(Reply(kind)))])
 
     def die(self, state: State, rank: int) -> State:
         """A rank dies."""
@@ -210,10 +212,10 @@ class Machine:
     def ended(self, state: State) -> bool:
         """Whether nothing can happen any more, but that a rank dies."""
         return all(
-            told.request is None
-            or told.rank in state.dead
-            or (told.rank in state.memory.waiting and told.request.seconds is None)
-            for told in state.ranks
+            history.request is None
+            or history.rank in state.dead
+            or (history.rank in state.memory.waiting and history.request.seconds is None)
+            for history in state.ranks
         )
 
 
@@ -221,8 +223,8 @@ def _has_left(calls: tuple[Call, ...], name: Hashable) -> bool:
     return any(call.name == name and call.over for call in calls)
 
 
-def _replace(state: State, memory: Memory, changed: list[tuple[int, Told]]) -> State:
+def _replace(state: State, memory: Memory, changed: list[tuple[int, History]]) -> State:
     ranks = list(state.ranks)
-    for rank, told in changed:
-        ranks[rank] = told
+    for rank, history in changed:
+        ranks[rank] = history
     return State(memory, state.dead, tuple(ranks))

@@ -47,7 +47,8 @@ class Call:
         name: as the protocol named it.
         after: the ranks that had left their call of this name when this one was entered.
         over: whether it has ended: by returning ``value``, or by raising ``error``.
-        early_timeouts: how many of its waits timed out while another rank could go on.
+        seconds: how long its waits that timed out have taken.
+        early_timeouts: how many of those timed out while another rank could go on.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Call:
     over: bool = False
     value: object = None
     error: Exception | None = None
+    seconds: float = 0.0
     early_timeouts: int = 0
 
     @property
@@ -69,8 +71,15 @@ class Call:
 
 
 class Ran(NamedTuple):
-    """How far a rank came: its calls, and the request that it makes next, None at its end."""
+    """How far a rank came.
 
+    Attributes:
+        names: of all the calls that it makes.
+        calls: those that it has entered.
+        request: what it asks next; None at its end.
+    """
+
+    names: tuple[str, ...]
     calls: tuple[Call, ...]
     request: Request | None
 
@@ -85,6 +94,7 @@ def run(
         Exception: whatever the protocol raises outside its calls.
     """
     session = _Session(rank, asked, replies)
+    names: tuple[str, ...] = ()
     calls: list[Call] = []
     with _time_of(session):
         try:
@@ -93,21 +103,34 @@ def run(
                 raise ValueError(
                     f"protocol of rank {rank} returned {functions!r}: must be its calls by name"
                 )
+            names = tuple(functions)
             for name, function in functions.items():
                 after = session.ask(Request("enter", (name,)))
-                calls.append(Call(name, after))
-                early = session.early_timeouts
+                began, early = session.seconds, session.early_timeouts
                 value, error = None, None
                 try:
                     value = function()
+                except _HaltedError:
+                    pass
                 except Exception as raised:
                     error = _without_frames(raised)
-                early = session.early_timeouts - early
-                ended = session.request is None
-                calls[-1] = Call(name, after, ended, value, error, early) if ended else calls[-1]
+                over = session.request is None
+                calls.append(
+                    Call(
+                        name,
+                        after,
+                        over,
+                        value if over else None,
+                        error if over else None,
+                        session.seconds - began,
+                        session.early_timeouts - early,
+                    )
+                )
+                if not over:
+                    break
         except _HaltedError:
             pass
-    return Ran(tuple(calls), session.request)
+    return Ran(names, tuple(calls), session.request)
 
 
 class _HaltedError(BaseException):

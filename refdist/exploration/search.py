@@ -18,6 +18,7 @@ class Snapshot:
 
     Attributes:
         calls: those that each rank has entered, by name, in order.
+        names: of the calls that every rank makes.
         dead: the ranks that have died.
         stuck: the ranks that wait for what cannot come any more, without a timeout.
         ended: whether nothing can happen any more.
@@ -26,6 +27,7 @@ class Snapshot:
     """
 
     calls: tuple[Mapping[str, Call], ...]
+    names: tuple[str, ...]
     dead: frozenset[int]
     stuck: tuple[int, ...]
     ended: bool
@@ -36,9 +38,10 @@ class Snapshot:
         """The calls of this name, by rank, of the ranks that have entered theirs."""
         return {rank: calls[name] for rank, calls in enumerate(self.calls) if name in calls}
 
-    def names(self) -> list[str]:
-        """The names of all calls that some rank has entered."""
-        return list(dict.fromkeys(name for calls in self.calls for name in calls))
+    @property
+    def collective(self) -> dict[str, dict[int, Call]]:
+        """The calls that every rank makes: by name, and by rank those that were entered."""
+        return {name: self.named(name) for name in self.names}
 
 
 Property = Callable[[Snapshot], bool]
@@ -214,7 +217,8 @@ def take_snapshot(state: State, ended: bool) -> Snapshot:
     server = state.memory.server
     stuck = [r.rank for r in state.ranks if ended and r.request is not None] if ended else []
     return Snapshot(
-        calls=tuple({call.name: call for call in told.calls} for told in state.ranks),
+        calls=tuple({call.name: call for call in history.calls} for history in state.ranks),
+        names=tuple(n for n in state.ranks[0].names if all(n in r.names for r in state.ranks)),
         dead=state.dead,
         stuck=tuple(rank for rank in stuck if rank not in state.dead),
         ended=ended,

@@ -1,0 +1,104 @@
+"""What should hold in every state of a barrier. Each property says it in one sentence.
+
+A call is *collective* if every rank makes one of its name. A rank *completes* a call when it
+returns, and also when rank 0 raises only because another rank did not leave in time.
+"""
+
+from refdist import keys
+from refdist.exploration.rank import Call
+from refdist.exploration.search import Property, Snapshot
+
+
+def nobody_returns_early(snapshot: Snapshot) -> bool:
+    """Nobody returns from a collective call before every rank has entered it."""
+    return all(
+        len(calls) == len(snapshot.calls) or not any(call.returned for call in calls.values())
+        for calls in snapshot.collective.values()
+    )
+
+
+def agreement(snapshot: Snapshot) -> bool:
+    """Of the ranks that leave a collective call, either all complete it or none does."""
+    return all(
+        len({completed(call) for call in calls.values() if call.over}) <= 1
+        for calls in snapshot.collective.values()
+    )
+
+
+def no_latecomer_passes(snapshot: Snapshot) -> bool:
+    """A rank that enters a collective call after another has given it up never completes it."""
+    return not any(
+        completed(call) and any(gave_up(calls[other]) for other in call.after)
+        for calls in snapshot.collective.values()
+        for call in calls.values()
+    )
+
+
+def rank_0_leaves_last(snapshot: Snapshot) -> bool:
+    """When rank 0 returns from a collective call, every other rank that lives has left it."""
+    return not any(
+        0 in calls
+        and calls[0].returned
+        and any(not call.over and rank not in snapshot.dead for rank, call in calls.items())
+        for calls in snapshot.collective.values()
+    )
+
+
+def nobody_waits_for_ever(snapshot: Snapshot) -> bool:
+    """In the end, no rank waits, without a timeout, for what cannot come any more."""
+    return not snapshot.stuck
+
+
+def next_call_works(snapshot: Snapshot) -> bool:
+    """A collective call is completed if no rank dies and no wait of it times out too early."""
+    if snapshot.dead:
+        return True
+    return all(
+        call.returned or not call.over or any(other.early_timeouts for other in calls.values())
+        for calls in snapshot.collective.values()
+        if len(calls) == len(snapshot.calls)
+        for call in calls.values()
+    )
+
+
+def no_key_stays(snapshot: Snapshot) -> bool:
+    """When a barrier has returned everywhere, all keys of those before are gone or reset."""
+    calls = snapshot.collective
+    if not (snapshot.ended and calls) or not all(c.returned for c in list(calls.values())[-1].values()):
+        return True
+    broken = [any(gave_up(call) for call in some.values()) for some in calls.values()]
+    epoch = sum(broken)
+    since = broken[::-1].index(True) if epoch else len(broken)
+    present = keys.slots(epoch)[(since - 1) % keys.SLOTS]
+    in_use = set(vars(present).values()) | {keys.roll(rank) for rank in range(len(snapshot.calls))}
+    reset = {key for slot in keys.slots(epoch) for key in vars(slot).values()}
+    return all(
+        key in in_use or (key in reset and value in (b"", b"0"))
+        for key, value in snapshot.values.items()
+    )
+
+
+BARRIER: tuple[Property, ...] = (
+    nobody_returns_early,
+    agreement,
+    no_latecomer_passes,
+    rank_0_leaves_last,
+    nobody_waits_for_ever,
+    next_call_works,
+)
+"""The properties of any barrier."""
+
+
+def completed(call: Call) -> bool:
+    """Whether a rank has completed a call."""
+    error: BaseException | None = call.error
+    while error is not None:
+        if getattr(error, "completed", False):
+            return True
+        error = error.__cause__
+    return call.returned
+
+
+def gave_up(call: Call) -> bool:
+    """Whether a rank has left a call without completing it."""
+    return call.over and not completed(call)
