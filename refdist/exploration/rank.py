@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import torch.distributed
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
 from refdist.exploration.server import Answer, Client, Request
@@ -22,6 +23,9 @@ Protocol = Callable[[Any, int, int], Mapping[str, Callable[[], object]]]
 
 STORE_SECONDS = 300.0
 """A wait that is given no other timeout has this one; it counts as waiting for ever."""
+
+# torch 2.11 to 2.15
+_QUEUE_EMPTY: type[Exception] = getattr(torch.distributed, "QueueEmptyError", DistStoreError)
 
 ANSWERED, TIMED_OUT, STALLED, CLOSED = "answered", "timed out", "stalled", "closed"
 
@@ -149,11 +153,16 @@ class _Session:
         self._asked = asked
         self._replies = replies
         self._next = 0
+        self._closed: set[Client] = set()
 
     def ask(self, request: Request) -> Any:
         # code that leaves may still ask, in a finally clause
-        if self.request is not None or self._next == len(self._replies):
-            self.request = self.request or request
+        if self.request is not None:
+            raise _HaltedError
+        if request.client in self._closed and request.name != "enter":
+            raise _lost()
+        if self._next == len(self._replies):
+            self.request = request
             raise _HaltedError
         before, reply = self._asked[self._next], self._replies[self._next]
         if before != request:
@@ -163,7 +172,8 @@ class _Session:
             )
         self._next += 1
         if reply.kind == CLOSED:
-            raise DistNetworkError("the server has closed the connection")
+            self._closed.add(request.client)
+            raise _lost()
         if reply.kind != ANSWERED:
             self.seconds += request.seconds or 0.0
             self.early_timeouts += reply.kind == TIMED_OUT
@@ -262,12 +272,16 @@ class SimulatedStore:
             self.wait([key])
         found: tuple[bytes, ...] = self._ask("queue_pop", key)
         if not found:
-            raise DistStoreError("queue is empty")
+            raise _QUEUE_EMPTY("queue is empty")
         return found[0]
 
     def queue_len(self, key: str) -> int:
         length: int = self._ask("queue_len", key)
         return length
+
+
+def _lost() -> DistNetworkError:
+    return DistNetworkError("the server has closed the connection")
 
 
 def _bytes(value: str | bytes) -> bytes:
