@@ -16,13 +16,17 @@ scheduler that owns every step: which rank goes next, whose wait times out, who 
 
 from refdist.exploration.properties import (
     BARRIER,
+    REFDIST_BARRIER,
     agreement,
+    everyone_is_woken,
     next_call_works,
     no_key_stays,
     no_latecomer_passes,
     nobody_returns_early,
     nobody_waits_for_ever,
+    one_reason,
     rank_0_leaves_last,
+    within,
 )
 from refdist.exploration.rank import Call, Protocol
 from refdist.exploration.search import Counterexample, Exploration, Property, Snapshot, explore
@@ -30,6 +34,7 @@ from refdist.exploration.timeline import BarrierWords, Event, Timeline, Words, r
 
 __all__ = [
     "BARRIER",
+    "REFDIST_BARRIER",
     "BarrierWords",
     "Call",
     "Counterexample",
@@ -41,12 +46,15 @@ __all__ = [
     "Timeline",
     "Words",
     "agreement",
+    "everyone_is_woken",
     "explore",
     "next_call_works",
     "no_key_stays",
     "no_latecomer_passes",
     "nobody_returns_early",
     "nobody_waits_for_ever",
+    "one_reason",
     "rank_0_leaves_last",
     "replay",
+    "within",
 ]

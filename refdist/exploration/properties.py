@@ -51,27 +51,48 @@ def nobody_waits_for_ever(snapshot: Snapshot) -> bool:
 
 def next_call_works(snapshot: Snapshot) -> bool:
     """A collective call is completed if no rank dies and no wait of it times out too early."""
-    if snapshot.dead:
-        return True
     return all(
-        call.returned or not call.over or any(other.early_timeouts for other in calls.values())
-        for calls in snapshot.collective.values()
-        if len(calls) == len(snapshot.calls)
+        not gave_up(call)
+        for calls in _undisturbed(snapshot)
+        if not any(call.early for call in calls.values())
         for call in calls.values()
     )
 
 
+def everyone_is_woken(snapshot: Snapshot) -> bool:
+    """In a collective call that all enter and none dies in, no wait lasts until nobody can go on."""
+    return not any(call.stalled for calls in _undisturbed(snapshot) for call in calls.values())
+
+
+def one_reason(snapshot: Snapshot) -> bool:
+    """All that give a collective call up, and can tell who broke it, name the same rank."""
+    return all(
+        len({getattr(call.error, "broken_by", -1) for call in calls.values() if gave_up(call)} - {-1})
+        <= 1
+        for calls in snapshot.collective.values()
+    )
+
+
+def within(seconds: float) -> Property:
+    """The property that no call waits longer than so many seconds."""
+
+    def in_time(snapshot: Snapshot) -> bool:
+        return all(call.seconds <= seconds for calls in snapshot.calls for call in calls.values())
+
+    in_time.__doc__ = f"No call waits longer than {seconds:g} s."
+    return in_time
+
+
 def no_key_stays(snapshot: Snapshot) -> bool:
-    """When a barrier has returned everywhere, all keys of those before are gone or reset."""
-    calls = snapshot.collective
-    if not (snapshot.ended and calls) or not all(c.returned for c in list(calls.values())[-1].values()):
+    """When a barrier has returned everywhere, all keys of those before it are gone or reset."""
+    barriers = list(snapshot.collective.values())
+    if not (snapshot.ended and barriers) or not all(c.returned for c in barriers[-1].values()):
         return True
-    broken = [any(gave_up(call) for call in some.values()) for some in calls.values()]
-    epoch = sum(broken)
-    since = broken[::-1].index(True) if epoch else len(broken)
-    present = keys.slots(epoch)[(since - 1) % keys.SLOTS]
-    in_use = set(vars(present).values()) | {keys.roll(rank) for rank in range(len(snapshot.calls))}
-    reset = {key for slot in keys.slots(epoch) for key in vars(slot).values()}
+    broken = [any(map(gave_up, calls.values())) for calls in barriers]
+    epoch, in_epoch = sum(broken), broken[::-1].index(True) if any(broken) else len(broken)
+    slots = keys.slots(epoch)
+    in_use = set(vars(slots[(in_epoch - 1) % keys.SLOTS]).values())
+    reset = {key for slot in slots for key in vars(slot).values()}
     return all(
         key in in_use or (key in reset and value in (b"", b"0"))
         for key, value in snapshot.values.items()
@@ -85,8 +106,19 @@ BARRIER: tuple[Property, ...] = (
     rank_0_leaves_last,
     nobody_waits_for_ever,
     next_call_works,
+    everyone_is_woken,
 )
 """The properties of any barrier."""
+
+REFDIST_BARRIER: tuple[Property, ...] = (*BARRIER, one_reason, no_key_stays)
+"""The properties of ``refdist.barrier``, whose errors and keys they know."""
+
+
+def _undisturbed(snapshot: Snapshot) -> list[dict[int, Call]]:
+    """The collective calls that every rank has entered, if none has died."""
+    if snapshot.dead:
+        return []
+    return [c for c in snapshot.collective.values() if len(c) == len(snapshot.calls)]
 
 
 def completed(call: Call) -> bool:

@@ -52,7 +52,8 @@ class Call:
         after: the ranks that had left their call of this name when this one was entered.
         over: whether it has ended: by returning ``value``, or by raising ``error``.
         seconds: how long its waits that timed out have taken.
-        early_timeouts: how many of those timed out while another rank could go on.
+        early: how many of those timed out while another rank could go on.
+        stalled: how many timed out because nothing else could happen.
     """
 
     name: str
@@ -61,7 +62,8 @@ class Call:
     value: object = None
     error: Exception | None = None
     seconds: float = 0.0
-    early_timeouts: int = 0
+    early: int = 0
+    stalled: int = 0
 
     @property
     def returned(self) -> bool:
@@ -110,7 +112,7 @@ def run(
             names = tuple(functions)
             for name, function in functions.items():
                 after = session.ask(Request("enter", (name,)))
-                began, early = session.seconds, session.early_timeouts
+                began, early, stalled = session.seconds, session.early, session.stalled
                 value, error = None, None
                 try:
                     value = function()
@@ -127,7 +129,8 @@ def run(
                         value if over else None,
                         error if over else None,
                         session.seconds - began,
-                        session.early_timeouts - early,
+                        session.early - early,
+                        session.stalled - stalled,
                     )
                 )
                 if not over:
@@ -148,7 +151,7 @@ class _Session:
         self.rank = rank
         self.request: Request | None = None  # the first without a reply
         self.seconds = 0.0
-        self.early_timeouts = 0
+        self.early = self.stalled = 0
         self.connections = 0
         self._asked = asked
         self._replies = replies
@@ -176,7 +179,8 @@ class _Session:
             raise _lost()
         if reply.kind != ANSWERED:
             self.seconds += request.seconds or 0.0
-            self.early_timeouts += reply.kind == TIMED_OUT
+            self.early += reply.kind == TIMED_OUT
+            self.stalled += reply.kind == STALLED
             raise DistStoreError(f"wait timeout after {1000 * (request.seconds or 0):.0f}ms")
         return reply.answer
 
