@@ -251,7 +251,9 @@ class BothStores:
     def _compare(self, client):
         self._finish(client)
         call = self.state.ranks[client].calls[-1]
-        what = f"client {client}, request {call.name}: {self.programs[client][int(call.name)][0].text}"
+        what = (
+            f"client {client}, request {call.name}: {self.programs[client][int(call.name)][0].text}"
+        )
         if not call.over:
             assert not self.running[client].done(), f"{what}: {self.running[client]}"
             return

@@ -48,7 +48,9 @@ class History:
         early: how many of its waits timed out while others could go on.
     """
 
-    def __init__(self, machine: "Machine", rank: int, parent: "History | None", reply: Reply) -> None:
+    def __init__(
+        self, machine: "Machine", rank: int, parent: "History | None", reply: Reply
+    ) -> None:
         self._machine = machine
         self._parent = parent
         self.reply = reply
@@ -165,9 +167,7 @@ class Machine:
         changed += [(other, state.ranks[other].then(Reply(ANSWERED))) for other, _ in woken]
         return _replace(state, memory, changed)
 
-    def _serve(
-        self, memory: Memory, request: Request
-    ) -> tuple[Memory, Reply | None, list[Client]]:
+    def _serve(self, memory: Memory, request: Request) -> tuple[Memory, Reply | None, list[Client]]:
         served = memory.served.get(request)
         if served is None:
             server = memory.server.copy()

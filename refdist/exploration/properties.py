@@ -67,7 +67,10 @@ def everyone_is_woken(snapshot: Snapshot) -> bool:
 def one_reason(snapshot: Snapshot) -> bool:
     """All that give a collective call up, and can tell who broke it, name the same rank."""
     return all(
-        len({getattr(call.error, "broken_by", -1) for call in calls.values() if gave_up(call)} - {-1})
+        len(
+            {getattr(call.error, "broken_by", -1) for call in calls.values() if gave_up(call)}
+            - {-1}
+        )
         <= 1
         for calls in snapshot.collective.values()
     )

@@ -137,6 +137,8 @@ def run(
                     break
         except _HaltedError:
             pass
+    if session.differs:
+        raise ValueError(session.differs)
     return Ran(names, tuple(calls), session.request)
 
 
@@ -151,6 +153,7 @@ class _Session:
         self.rank = rank
         self.request: Request | None = None  # the first without a reply
         self.seconds = 0.0
+        self.differs = ""  # how it asks otherwise than before
         self.early = self.stalled = 0
         self.connections = 0
         self._asked = asked
@@ -160,7 +163,7 @@ class _Session:
 
     def ask(self, request: Request) -> Any:
         # code that leaves may still ask, in a finally clause
-        if self.request is not None:
+        if self.request is not None or self.differs:
             raise _HaltedError
         if request.client in self._closed and request.name != "enter":
             raise _lost()
@@ -169,10 +172,11 @@ class _Session:
             raise _HaltedError
         before, reply = self._asked[self._next], self._replies[self._next]
         if before != request:
-            raise ValueError(
-                f"rank {self.rank} asked {request}, where it asked {before} before on the same "
-                f"answers: a protocol must depend on nothing but the answers of its store"
+            self.differs = (
+                f"rank {self.rank} asked {_brief(request)}, where it asked {_brief(before)} before "
+                f"on the same answers: a protocol must depend on nothing but these"
             )
+            raise _HaltedError
         self._next += 1
         if reply.kind == CLOSED:
             self._closed.add(request.client)
@@ -282,6 +286,10 @@ class SimulatedStore:
     def queue_len(self, key: str) -> int:
         length: int = self._ask("queue_len", key)
         return length
+
+
+def _brief(request: Request) -> str:
+    return f"{request.name}{request.arguments}"
 
 
 def _lost() -> DistNetworkError:

@@ -2,12 +2,13 @@
 
 import random
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from refdist.checks import check_integer
 from refdist.exploration.machine import Machine, State
 from refdist.exploration.rank import Call, Protocol
+from refdist.exploration.timeline import Timeline, Words, replay
 
 _MOST_RANKS = 10  # a rank is one digit of a schedule
 
@@ -55,10 +56,19 @@ class Counterexample:
     Attributes:
         violated: the property.
         schedule: its steps, for ``replay``.
+        protocol: whose schedule it is.
+        world_size: as it was explored.
     """
 
     violated: Property
     schedule: str
+    protocol: Protocol = field(repr=False, compare=False)
+    world_size: int
+
+    def timeline(self, words: Words | None = None) -> Timeline:
+        """What happens in the schedule. See ``replay``."""
+        told = replay(self.protocol, self.world_size, self.schedule, words)
+        return replace(told, conclusion=self.sentence)
 
     @property
     def sentence(self) -> str:
@@ -121,9 +131,12 @@ def explore(
     """
     if not 1 <= check_integer("world_size", world_size) <= _MOST_RANKS:
         raise ValueError(f"world_size={world_size}: must be in 1..{_MOST_RANKS}")
-    for name, value in (("timeouts", timeouts), ("crashes", crashes), ("width", width or 1)):
-        if check_integer(name, value) < 0:
-            raise ValueError(f"{name}={value}: must be at least 0")
+    least = {"timeouts": (timeouts, 0), "crashes": (crashes, 0), "max_steps": (max_steps, 1)}
+    if width is not None:
+        least["width"] = width, 1
+    for name, (value, minimum) in least.items():
+        if check_integer(name, value) < minimum:
+            raise ValueError(f"{name}={value}: must be at least {minimum}")
     search = _Search(Machine(protocol, world_size), properties)
     draw = random.Random(seed)
     layer = {search.machine.start(): 1}
@@ -158,7 +171,9 @@ class _Search:
         self._steps: list[list[str]] = []
         self._places: dict[State, int] = {}
 
-    def expand(self, layer: dict[State, int], timeouts: int, crashes: int) -> tuple[dict[State, int], int]:
+    def expand(
+        self, layer: dict[State, int], timeouts: int, crashes: int
+    ) -> tuple[dict[State, int], int]:
         """The next layer, and how many schedules have ended in this one."""
         following: dict[State, int] = {}
         before, steps = array("q"), []
@@ -176,7 +191,9 @@ class _Search:
                 violated = self._violated(state, after)
                 if violated is not None:
                     schedule = self._schedule(place, step)
-                    self.counterexample = Counterexample(violated, schedule)
+                    self.counterexample = Counterexample(
+                        violated, schedule, self.machine.protocol, self.machine.world_size
+                    )
                     return following, over
             over += ways if end else 0
         self._before.append(before)
@@ -197,8 +214,12 @@ class _Search:
 
     def _violated(self, before: State, after: State) -> Property | None:
         ended = self.machine.ended(after)
-        if not ended and before.dead == after.dead and all(
-            old.calls is new.calls for old, new in zip(before.ranks, after.ranks, strict=True)
+        if (
+            not ended
+            and before.dead == after.dead
+            and all(
+                old.calls is new.calls for old, new in zip(before.ranks, after.ranks, strict=True)
+            )
         ):
             return None
         snapshot = take_snapshot(after, ended)
