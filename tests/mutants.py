@@ -191,6 +191,7 @@ class Mutant(NamedTuple):
         rounds: how many barriers it takes, one after the other.
         timeouts: how many must come early.
         width: of the search.
+        shows: a line of its timeline.
     """
 
     barrier: type[Barrier]
@@ -200,6 +201,7 @@ class Mutant(NamedTuple):
     rounds: int = 1
     timeouts: int = 1
     width: int | None = None
+    shows: str = ""
 
 
 MUTANTS = [

@@ -1,4 +1,4 @@
-"""Exploration: first that the explorer is right about small protocols, then what it says of refdist.
+"""Exploration: that the explorer is right about small protocols, then what it says of refdist.
 
 The barrier and the messages that are explored are those of the package, unchanged.
 """
@@ -25,13 +25,11 @@ from refdist import (
 )
 from refdist.barrier import Barrier
 from refdist.exploration import (
-    BARRIER,
     REFDIST_BARRIER,
-    BarrierWords,
+    RefdistWords,
     agreement,
     everyone_is_woken,
     explore,
-    nobody_returns_early,
     nobody_waits_for_ever,
     rank_0_leaves_last,
     replay,
@@ -143,7 +141,7 @@ def test_schedules_one_by_one(protocol, world_size, timeouts, crashes):
     schedules = dict(walk(machine, machine.start(), timeouts, crashes))
     assert len(schedules) == found.schedules
     assert max(sum(c.isdigit() for c in schedule) for schedule in schedules) == found.steps
-    one_by_one = {repr(tuple(r.calls for r in state.ranks)) for state in schedules.values()}
+    one_by_one = {repr(tuple(r.calls for r in state.histories)) for state in schedules.values()}
     assert one_by_one == set(map(repr, ends))
 
 
@@ -159,7 +157,7 @@ def test_the_counterexample_is_a_shortest_one():
     lengths = [
         sum(c.isdigit() for c in schedule)
         for schedule, state in walk(machine, machine.start(), 0, crashes)
-        if any(call.raised for r in state.ranks for call in r.calls)
+        if any(call.raised for r in state.histories for call in r.calls)
     ]
     assert sum(c.isdigit() for c in found.counterexample.schedule) <= min(lengths)
     assert found.counterexample.violated is all_return
@@ -240,9 +238,9 @@ def test_a_timeline():
         return {"meet": call}
 
     timeline = replay(protocol, 2, "00011x01t1")
-    there = " " * 44
+    there = " " * 23
     assert str(timeline).splitlines() == [
-        "step  rank 0                                      rank 1",
+        "step  rank 0                 rank 1",
         "   1  enters meet",
         "   2  add 1 to arrived -> 1",
         "   3  wait go: waits",
@@ -344,7 +342,7 @@ def test_a_protocol_that_draws_lots():
         for _ in range(50):
             store.set(str(random.random()), "")
 
-    with pytest.raises(ValueError, match="rank 0 asked .*must depend on nothing but the answers"):
+    with pytest.raises(ValueError, match=r"rank 0 asked .*must depend on nothing but these"):
         explore(only(0, call), 1, [])
 
 
@@ -357,7 +355,7 @@ def test_a_protocol_that_polls():
         explore(only(0, call), 1, [], max_steps=40)
 
 
-# A value that is no integer: the server closes the connection, and the rank gets an error each time.
+# A value that is no integer: the server closes the connection. The rank gets an error each time.
 def test_a_closed_connection():
     def call(store):
         store.set("key", "x")
@@ -368,24 +366,21 @@ def test_a_closed_connection():
     assert explore(only(0, call), 1, [within(0)]).counterexample is None
 
 
-# The shipped barrier. Two ranks: every schedule with a crash and any number of timeouts. A store
-# that is slow to answer twice lets everyone sleep until the time of one is up.
+# The shipped barrier, with all properties but those of the two tests that follow.
 
-# found here, and not mended yet: the first to confirm wakes the others after its mark, which may
-# be the last that rank 0 waits for; and a gate that is a counter is opened in two requests
-RANK_0_LEAVES_EARLY = {True: "0001110011", False: "0001111000"}
-OPENING_TIMES_OUT = "0001110011t1"
 ELSE = [holds for holds in REFDIST_BARRIER if holds is not rank_0_leaves_last]
 
 
+# Two ranks, a crash, and any number of timeouts. All ranks may sleep at once then, until the time
+# of one is up: if the store takes more than a second to answer, the last to arrive sleeps too.
 @BOTH_KINDS
 def test_all_schedules_of_two_ranks(native):
-    properties = [*ELSE, within(3.01)]
-    properties.remove(everyone_is_woken)
-    if native:
-        properties.remove(agreement)
+    properties = [holds for holds in ELSE if holds is not everyone_is_woken]
     with kind_of_gates(native):
-        found = explore(barriers(), 2, properties, timeouts=99, crashes=1)
+        found = explore(
+            barriers(), 2, [*without_opening(properties, native), within(3.01)],
+            timeouts=99, crashes=1,
+        )  # fmt: skip
     assert found.counterexample is None and found.complete
     assert found.states > (100_000 if native else 5_000)
     assert found.schedules > 10**6
@@ -396,20 +391,48 @@ def test_all_schedules_of_two_barriers(native):
     with kind_of_gates(native):
         found = explore(barriers(2), 2, ELSE, timeouts=1 - native, crashes=int(native))
     assert found.counterexample is None and found.complete
+    assert found.schedules > 10**5
 
 
-# With keys there are more than a million states; some of each layer are drawn.
+# With counters, all schedules of three ranks. With keys there are more than a million states, so
+# some are drawn after each step.
 @BOTH_KINDS
 def test_three_ranks(native):
-    properties = [holds for holds in ELSE if holds is not agreement or not native]
     with kind_of_gates(native):
         found = explore(
-            barriers(), 3, properties, timeouts=1, crashes=1, width=None if native else 5_000
-        )
+            barriers(), 3, without_opening(ELSE, native),
+            timeouts=1, crashes=1, width=None if native else 5_000,
+        )  # fmt: skip
     assert found.counterexample is None
     assert found.complete is native
-    assert found.states > 150_000
+    assert found.states > 120_000
     assert found.schedules > 10**7
+
+
+# Found here: the first to confirm wakes the others after its mark, which may be the last that rank
+# 0 waits for. Rank 0 leaves, and with it the store may.
+@pytest.mark.xfail(strict=True, reason="to be mended in refdist.barrier")
+@BOTH_KINDS
+def test_rank_0_leaves_last(native):
+    with kind_of_gates(native):
+        found = explore(barriers(), 2, [rank_0_leaves_last], crashes=1)
+    assert found.counterexample is None  # 0001110011 and 0001111000
+
+
+# Found here: a gate that is a counter is opened by two requests, and the second one may time out,
+# on a rank whose barrier is complete. The first alone wakes everyone.
+@pytest.mark.xfail(strict=True, reason="to be mended in refdist.gates")
+@pytest.mark.skipif(
+    not compat.store_features()[compat.STORE_BARRIER], reason="this torch has no Store.barrier"
+)
+def test_opening_a_gate_does_not_fail():
+    found = explore(barriers(), 2, [agreement])
+    assert found.counterexample is None  # 0001110011t1
+
+
+def without_opening(properties, native):
+    """Without the property that opening a counter may violate."""
+    return [holds for holds in properties if holds is not agreement or not native]
 
 
 # Every mutant is caught, by the property that it was made to break. The real barrier is not.
@@ -417,15 +440,185 @@ def test_three_ranks(native):
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.barrier.__name__)
 def test_mutants(mutant):
-    options = {"timeouts": mutant.timeouts, "width": mutant.width}
     with kind_of_gates(mutant.native):
-        found, real = (
-            explore(barriers(mutant.rounds, kind), mutant.world_size, [mutant.violated], **options)
-            for kind in (mutant.barrier, Barrier)
-        )
-        timeline = found.counterexample.timeline(BarrierWords())
+        found = explore(
+            barriers(mutant.rounds, mutant.barrier), mutant.world_size, [mutant.violated],
+            timeouts=mutant.timeouts, width=mutant.width,
+        )  # fmt: skip
+        timeline = found.counterexample.timeline(RefdistWords())
     print(f"{mutant.barrier.__doc__}\n{timeline}")
-    assert found.counterexample.violated is mutant.violated
     assert str(timeline).endswith(f"Not so: {mutant.violated.__doc__}")
-    if mutant.violated is not rank_0_leaves_last:
-        assert real.counterexample is None
+    assert mutant.shows in str(timeline)
+
+
+# Where a mutant fails, the real barrier does not.
+@pytest.mark.parametrize("config", {mutant[2:7] for mutant in MUTANTS})
+def test_the_real_barrier_where_mutants_fail(config):
+    native, world_size, rounds, timeouts, width = config
+    properties = {mutant.violated for mutant in MUTANTS if mutant[2:7] == config}
+    with kind_of_gates(native):
+        found = explore(
+            barriers(rounds), world_size, list(properties - {rank_0_leaves_last}),
+            timeouts=timeouts, width=width,
+        )  # fmt: skip
+    assert found.counterexample is None
+
+
+# Gathering: a barrier that carries objects. All ranks get all objects, or none does.
+
+
+def gathers(rounds):
+    def protocol(store, rank, world_size):
+        group = StatelessProcessGroup(rank, world_size, store)
+
+        def gather(number):
+            return group.all_gather_obj((number, rank), timeout=1.0)
+
+        return {str(number): partial(gather, number) for number in range(rounds)}
+
+    return protocol
+
+
+def everyone_gets_everything(snapshot):
+    """Who returns from a gather has the objects that all ranks brought to it, in rank order."""
+    return all(
+        call.value == [(int(name), rank) for rank in range(len(snapshot.calls))]
+        for name, calls in snapshot.collective.items()
+        for call in calls.values()
+        if call.returned
+    )
+
+
+def errors_are(*kinds):
+    def only_these(snapshot):
+        """A call raises nothing but what it promises."""
+        return all(
+            isinstance(call.error, kinds)
+            for calls in snapshot.calls
+            for call in calls.values()
+            if call.raised
+        )
+
+    return only_these
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(("rounds", "timeouts", "crashes"), [(1, 1, 1), (3, 0, 0)])
+def test_gathering(rounds, timeouts, crashes, native):
+    properties = [*ELSE, everyone_gets_everything]
+    if not (native and timeouts):
+        properties += [errors_are(MessageTimeoutError)]
+    with kind_of_gates(native):
+        found = explore(
+            gathers(rounds), 2, without_opening(properties, native),
+            timeouts=timeouts, crashes=crashes,
+        )  # fmt: skip
+    assert found.counterexample is None and found.complete
+
+
+# Messages. What is received is what was sent, in order and each once; what has expired is missed
+# out, and said so. A receiver that gives up gets it the next time.
+
+
+def mail(objects, attempts, seconds=0.0):
+    def protocol(store, rank, world_size):
+        group = StatelessProcessGroup(rank, world_size, store, data_expiration_seconds=1)
+
+        def wait_and_expire():
+            time.sleep(seconds)
+            group.expire_data()
+
+        if rank == 0:
+            calls = {f"send {obj}": partial(group.send_obj, obj, 1) for obj in objects}
+            return calls | ({"expire": wait_and_expire} if seconds else {})
+        receive = partial(group.recv_obj, 0, timeout=1.0)
+        return {f"receive {number}": receive for number in range(attempts)}
+
+    return protocol
+
+
+def received(snapshot):
+    """What rank 1 has got, where None is for an object that has expired."""
+    calls = [call for call in snapshot.calls[1].values() if call.over]
+    return [
+        call.value if call.returned else None
+        for call in calls
+        if call.returned or isinstance(call.error, MessageExpiredError)
+    ]
+
+
+def in_order(objects):
+    def each_once(snapshot):
+        """Messages arrive in the order in which they were sent, each at most once."""
+        found = received(snapshot)
+        return all(one in (None, sent) for one, sent in zip(found, objects, strict=False))
+
+    return each_once
+
+
+def nothing_is_lost(snapshot):
+    """Without a death and a timeout that comes too early, every object arrives or has expired."""
+    calls = [call for calls in snapshot.calls for call in calls.values()]
+    if snapshot.dead or not snapshot.ended or any(call.early for call in calls):
+        return True
+    return not any(type(call.error) is MessageTimeoutError for call in calls)
+
+
+def no_message_stays(snapshot):
+    """When everything has arrived or expired, and was asked for, the store is empty."""
+    done = snapshot.ended and not any(call.raised for call in snapshot.calls[1].values())
+    return not done or bool(snapshot.dead) or not (snapshot.values or snapshot.queues)
+
+
+MAIL = [nothing_is_lost, no_message_stays, nobody_waits_for_ever, errors_are(MessageError)]
+
+
+@pytest.mark.parametrize("seconds", [0, 2], ids=["kept", "expired"])
+@pytest.mark.parametrize(("timeouts", "crashes"), [(0, 0), (2, 1)])
+def test_messages(timeouts, crashes, seconds):
+    objects = ["a", "b", "c"]
+    found = explore(
+        mail(objects, 3, seconds), 2, [*MAIL, in_order(objects)],
+        timeouts=timeouts, crashes=crashes,
+    )  # fmt: skip
+    assert found.counterexample is None and found.complete
+
+
+# The same for an object that takes several chunks.
+@pytest.mark.parametrize("seconds", [0, 2], ids=["kept", "expired"])
+def test_messages_in_chunks(seconds):
+    objects = ["x" * 300]
+    with patch.object(messages, "CHUNK_BYTES", 128):
+        found = explore(
+            mail(objects, 2, seconds), 2, [nobody_waits_for_ever, in_order(objects)],
+            timeouts=1, crashes=1,
+        )  # fmt: skip
+    assert found.counterexample is None and found.complete
+
+
+# A surprise of torch's queues, which is why refdist uses none: a client that has waited for a queue
+# stays listed there, so the next push to it ends the wait of that client for anything else. The
+# test of the simulated store shows that the real one does the same.
+@pytest.mark.skipif(
+    not compat.store_features()[compat.STORE_BARRIER], reason="this torch has no Store.barrier"
+)
+def test_a_queue_wakes_who_waits_in_a_barrier():
+    def protocol(store, rank, world_size):
+        barrier = Barrier(store, rank, world_size)
+        mine = lambda: store.queue_push("q", "x") if rank == 0 else store.queue_pop("q")  # noqa: E731
+        second = {"again": lambda: store.queue_push("q", "x")} if rank == 0 else {}
+        return {"first": mine, **second, "barrier": lambda: barrier.wait(1.0)}
+
+    def nobody_passes_alone(snapshot):
+        """Nobody returns from the barrier before every rank has entered it."""
+        calls = snapshot.named("barrier")
+        return len(calls) == 2 or not any(call.returned for call in calls.values())
+
+    found = explore(protocol, 2, [nobody_passes_alone], timeouts=0)
+    events = found.counterexample.timeline().events
+    pushed = [event for event in events if event.rank == 0 and "queue_push" in event.text]
+    assert [event.kind for event in events if event.step == pushed[1].step] == [
+        "asks",
+        "returns",
+        "is woken",
+    ]

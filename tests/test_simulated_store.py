@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
@@ -63,19 +64,15 @@ class Relay:
             self._moved.notify_all()
 
     def _pump(self, source, sink):
-        try:
+        with suppress(OSError):
             while data := source.recv(1 << 16):
                 if sink is self._server:
                     self._send(data)
                 else:
                     sink.sendall(data)
-        except OSError:
-            pass
         for end in (source, sink):
-            try:
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def wait_for_more_than(self, count, future):
         """Until more is forwarded, or the client has its answer without asking the server."""
@@ -213,13 +210,13 @@ class BothStores:
         """The clients that wait for nothing and have something left to do."""
         return [
             rank.rank
-            for rank in self.state.ranks
+            for rank in self.state.histories
             if rank.rank not in self.running and rank.request is not None
         ]
 
     def do_next(self, client):
         """The next request of a client, and whatever follows for those who waited."""
-        number = len(self.state.ranks[client].calls)
+        number = len(self.state.histories[client].calls)
         request, gives_up = self.programs[client][number]
         self.state = self.machine.go(self.state, client)  # it enters the call
         self._go_on(client, number)
@@ -239,18 +236,18 @@ class BothStores:
                 self._finish(other)
 
     def _finish(self, client):
-        calls = self.state.ranks[client].calls
+        calls = self.state.histories[client].calls
         while calls and not calls[-1].over and client not in self.state.memory.waiting:
             self.state = self.machine.go(self.state, client)
-            calls = self.state.ranks[client].calls
+            calls = self.state.histories[client].calls
 
     def _over(self, client, number):
-        calls = self.state.ranks[client].calls
+        calls = self.state.histories[client].calls
         return len(calls) > number and calls[number].over
 
     def _compare(self, client):
         self._finish(client)
-        call = self.state.ranks[client].calls[-1]
+        call = self.state.histories[client].calls[-1]
         what = (
             f"client {client}, request {call.name}: {self.programs[client][int(call.name)][0].text}"
         )

@@ -30,18 +30,19 @@ from refdist.exploration.properties import (
 )
 from refdist.exploration.rank import Call, Protocol
 from refdist.exploration.search import Counterexample, Exploration, Property, Snapshot, explore
-from refdist.exploration.timeline import BarrierWords, Event, Timeline, Words, replay
+from refdist.exploration.timeline import Event, Timeline, replay
+from refdist.exploration.words import RefdistWords, Words
 
 __all__ = [
     "BARRIER",
     "REFDIST_BARRIER",
-    "BarrierWords",
     "Call",
     "Counterexample",
     "Event",
     "Exploration",
     "Property",
     "Protocol",
+    "RefdistWords",
     "Snapshot",
     "Timeline",
     "Words",

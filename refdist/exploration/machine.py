@@ -1,15 +1,15 @@
 """The states of a protocol on a simulated store, and the steps between them.
 
-A state is what the server remembers, what each rank has been history, and who is dead. Whatever has
-led to it, the same can happen next, so schedules that lead to the same state are explored as one
-from there on. That loses nothing.
+A state is what the server remembers, what each rank has been told so far, and who is dead. Whatever
+has led to it, the same can happen next, so schedules that lead to the same state are explored as
+one from there on. That loses nothing.
 
 Steps
-    ``0``: the next request of rank 0 reaches the server. The answer comes at once, or the rank waits
-    until another one wakes it. A request without an answer, like ``set``, is a step of the same
-    kind: a connection keeps its order, and nobody can see the request before it takes effect.
-    ``t0``: a wait of rank 0 times out. That may happen before the request is answered, or although
-    it is, as with a store that is slow to answer.
+    ``0``: the next request of rank 0 reaches the server. The answer comes at once, or the rank
+    waits until another one wakes it. A request without an answer, like ``set``, is a step of the
+    same kind: a connection keeps its order, and nobody can see a request before it takes effect.
+    ``t0``: a wait of rank 0 times out. That may happen before the server ends the wait, or although
+    it does, as with a store that is slow to answer.
     ``x0``: rank 0 dies. Its next request never reaches the server. The store lives on, as it does
     when another process hosts it.
 """
@@ -28,7 +28,6 @@ from refdist.exploration.rank import (
     run,
 )
 from refdist.exploration.server import (
-    Answer,
     Client,
     ConnectionClosed,
     Request,
@@ -38,7 +37,7 @@ from refdist.exploration.server import (
 
 
 class History:
-    """What a rank has been history, in order: a node of a tree, whose children add one reply each.
+    """What a rank has been told so far: a node of a tree, whose children add one reply each.
 
     Attributes:
         calls: of the rank, as far as they have come.
@@ -56,15 +55,15 @@ class History:
         self.reply = reply
         self._children: dict[Reply, History] = {}
         self.rank = rank
-        self.early = 0 if parent is None else parent.early + (reply.kind == TIMED_OUT)
+        self.early: int = 0 if parent is None else parent.early + (reply.kind == TIMED_OUT)
         asked, replies = self._history()
         ran = run(machine.protocol, rank, machine.world_size, asked, replies)
         self.names, self.request = ran.names, ran.request
         same = parent is not None and parent.calls == ran.calls
-        self.calls = parent.calls if parent is not None and same else ran.calls
+        self.calls: tuple[Call, ...] = parent.calls if parent is not None and same else ran.calls
 
     def then(self, reply: Reply) -> "History":
-        """What the rank has been history after this reply."""
+        """What the rank has been told after one more reply."""
         child = self._children.get(reply)
         if child is None:
             child = self._children[reply] = History(self._machine, self.rank, self, reply)
@@ -98,7 +97,7 @@ class State(NamedTuple):
 
     memory: Memory
     dead: frozenset[int]
-    ranks: tuple[History, ...]
+    histories: tuple[History, ...]
 
 
 class Machine:
@@ -111,8 +110,8 @@ class Machine:
 
     def start(self) -> State:
         """The state before any step."""
-        ranks = tuple(History(self, r, None, Reply(ANSWERED)) for r in range(self.world_size))
-        return State(self._remember(Server()), frozenset(), ranks)
+        histories = [History(self, r, None, Reply(ANSWERED)) for r in range(self.world_size)]
+        return State(self._remember(Server()), frozenset(), tuple(histories))
 
     def _remember(self, server: Server) -> Memory:
         memory = self._memories.get(server.memory())
@@ -129,10 +128,10 @@ class Machine:
             crashes: how many ranks may die, in all.
         """
         waiting = state.memory.waiting
-        early = sum(history.early for history in state.ranks) < timeouts
+        early = sum(history.early for history in state.histories) < timeouts
         going = False
         waits: list[int] = []
-        for history in state.ranks:
+        for history in state.histories:
             rank, request = history.rank, history.request
             if request is None or rank in state.dead:
                 continue
@@ -150,21 +149,23 @@ class Machine:
             for rank in waits:
                 yield f"t{rank}", self.time_out(state, rank, kind)
         if len(state.dead) < crashes and (going or waits):
-            for history in state.ranks:
+            for history in state.histories:
                 if history.request is not None and history.rank not in state.dead:
                     yield f"x{history.rank}", self.die(state, history.rank)
 
     def go(self, state: State, rank: int) -> State:
         """The next request of a rank reaches the server."""
-        history = state.ranks[rank]
+        history = state.histories[rank]
         request = history.request
         assert request is not None
         if request.name == "enter":
-            left = tuple(r.rank for r in state.ranks if _has_left(r.calls, request.arguments[0]))
+            left = tuple(
+                r.rank for r in state.histories if _has_left(r.calls, request.arguments[0])
+            )
             return _replace(state, state.memory, [(rank, history.then(Reply(ANSWERED, left)))])
         memory, reply, woken = self._serve(state.memory, request)
         changed = [] if reply is None else [(rank, history.then(reply))]
-        changed += [(other, state.ranks[other].then(Reply(ANSWERED))) for other, _ in woken]
+        changed += [(other, state.histories[other].then(Reply(ANSWERED))) for other, _ in woken]
         return _replace(state, memory, changed)
 
     def _serve(self, memory: Memory, request: Request) -> tuple[Memory, Reply | None, list[Client]]:
@@ -185,13 +186,13 @@ class Machine:
 
     def time_out(self, state: State, rank: int, kind: str) -> State:
         """A wait of a rank times out; its request may not have reached the server before."""
-        history = state.ranks[rank]
+        history = state.histories[rank]
         assert history.request is not None
         client = history.request.client
         if rank not in state.memory.waiting:
             # what it wakes others for, it does
             memory, _, woken = self._serve(state.memory, history.request)
-            changed = [(other, state.ranks[other].then(Reply(ANSWERED))) for other, _ in woken]
+            changed = [(other, state.histories[other].then(Reply(ANSWERED))) for other, _ in woken]
             state = _replace(state, memory, changed)
         forgot = state.memory.forgot.get(client)
         if forgot is None:
@@ -207,7 +208,7 @@ class Machine:
             server = state.memory.server.copy()
             server.disconnect(rank)
             forgot = state.memory.forgot[rank] = self._remember(server)
-        return State(forgot, state.dead | {rank}, state.ranks)
+        return State(forgot, state.dead | {rank}, state.histories)
 
     def ended(self, state: State) -> bool:
         """Whether nothing can happen any more, but that a rank dies."""
@@ -215,7 +216,7 @@ class Machine:
             history.request is None
             or history.rank in state.dead
             or (history.rank in state.memory.waiting and history.request.seconds is None)
-            for history in state.ranks
+            for history in state.histories
         )
 
 
@@ -224,7 +225,7 @@ def _has_left(calls: tuple[Call, ...], name: Hashable) -> bool:
 
 
 def _replace(state: State, memory: Memory, changed: list[tuple[int, History]]) -> State:
-    ranks = list(state.ranks)
+    histories = list(state.histories)
     for rank, history in changed:
-        ranks[rank] = history
-    return State(memory, state.dead, tuple(ranks))
+        histories[rank] = history
+    return State(memory, state.dead, tuple(histories))

@@ -60,7 +60,7 @@ def next_call_works(snapshot: Snapshot) -> bool:
 
 
 def everyone_is_woken(snapshot: Snapshot) -> bool:
-    """In a collective call that all enter and none dies in, no wait lasts until nobody can go on."""
+    """In a collective call that all enter alive, no wait lasts until nobody can go on."""
     return not any(call.stalled for calls in _undisturbed(snapshot) for call in calls.values())
 
 

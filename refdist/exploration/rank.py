@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch.distributed
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
-from refdist.exploration.server import Answer, Client, Request
+from refdist.exploration.server import Client, Request
 
 Protocol = Callable[[Any, int, int], Mapping[str, Callable[[], object]]]
 """``protocol(store, rank, world_size)`` returns the calls of a rank by name, in order."""
@@ -104,7 +104,7 @@ def run(
     calls: list[Call] = []
     with _time_of(session):
         try:
-            functions = protocol(SimulatedStore(session), rank, world_size)
+            functions = protocol(_SimulatedStore(session), rank, world_size)
             if not isinstance(functions, Mapping):
                 raise ValueError(
                     f"protocol of rank {rank} returned {functions!r}: must be its calls by name"
@@ -189,7 +189,7 @@ class _Session:
         return reply.answer
 
 
-class SimulatedStore:
+class _SimulatedStore:
     """What a rank gets for its store: passes for a TCPStore, and asks the explorer instead."""
 
     def __init__(self, session: _Session) -> None:
@@ -198,7 +198,7 @@ class SimulatedStore:
         session.connections += 1
         self._seconds = STORE_SECONDS
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return TCPStore
 
@@ -213,9 +213,9 @@ class SimulatedStore:
         """Change it, for this connection."""
         self._seconds = timeout.total_seconds()
 
-    def clone(self) -> "SimulatedStore":
+    def clone(self) -> "_SimulatedStore":
         """Another connection of the same rank."""
-        return SimulatedStore(self._session)
+        return _SimulatedStore(self._session)
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         return self._session.ask(Request(name, arguments, None, self._client))
@@ -319,9 +319,9 @@ def _time_of(session: _Session) -> Iterator[None]:
         else:
             session.seconds += seconds
 
-    for name in ("monotonic", "time", "perf_counter"):
-        setattr(time, name, clock(name))
-    time.sleep = sleep
+    simulated = {name: clock(name) for name in ("monotonic", "time", "perf_counter")}
+    for name, function in (simulated | {"sleep": sleep}).items():
+        setattr(time, name, function)
     try:
         yield
     finally:

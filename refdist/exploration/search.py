@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from refdist.checks import check_integer
 from refdist.exploration.machine import Machine, State
 from refdist.exploration.rank import Call, Protocol
-from refdist.exploration.timeline import Timeline, Words, replay
+from refdist.exploration.timeline import Timeline, replay
+from refdist.exploration.words import Words
 
 _MOST_RANKS = 10  # a rank is one digit of a schedule
 
@@ -218,7 +219,8 @@ class _Search:
             not ended
             and before.dead == after.dead
             and all(
-                old.calls is new.calls for old, new in zip(before.ranks, after.ranks, strict=True)
+                old.calls is new.calls
+                for old, new in zip(before.histories, after.histories, strict=True)
             )
         ):
             return None
@@ -236,10 +238,12 @@ class _Search:
 def take_snapshot(state: State, ended: bool) -> Snapshot:
     """What an observer sees in a state."""
     server = state.memory.server
-    stuck = [r.rank for r in state.ranks if ended and r.request is not None] if ended else []
+    stuck = [r.rank for r in state.histories if ended and r.request is not None] if ended else []
     return Snapshot(
-        calls=tuple({call.name: call for call in history.calls} for history in state.ranks),
-        names=tuple(n for n in state.ranks[0].names if all(n in r.names for r in state.ranks)),
+        calls=tuple({call.name: call for call in history.calls} for history in state.histories),
+        names=tuple(
+            n for n in state.histories[0].names if all(n in r.names for r in state.histories)
+        ),
         dead=state.dead,
         stuck=tuple(rank for rank in stuck if rank not in state.dead),
         ended=ended,

@@ -14,7 +14,7 @@ Tests run random programs on this and on the real store, and compare every answe
 
 import re
 from collections.abc import Hashable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Client = tuple[int, int]
 """A connection: the rank that has it, and a number, as a rank may have several."""
@@ -35,7 +35,7 @@ class Request(NamedTuple):
     """
 
     name: str
-    arguments: tuple[Hashable, ...]
+    arguments: tuple[Any, ...]
     seconds: float | None = None
     client: Client = (0, 0)
 

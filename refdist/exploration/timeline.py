@@ -1,60 +1,15 @@
 """A schedule, told step by step: one column a rank, one line a step, and what each rank learns."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
-from refdist.barrier_state import State as BarrierState
 from refdist.exploration.machine import History, Machine, State
-from refdist.exploration.rank import ANSWERED, CLOSED, Call, Protocol
-from refdist.exploration.server import Answer, Request
+from refdist.exploration.rank import CLOSED, Call, Protocol
+from refdist.exploration.server import Request
+from refdist.exploration.words import Words, answer_in_words, request_in_words
 
 _STEP = re.compile(r"[tx]?\d")
-_MOST_CHARACTERS = 28  # of a value
-
-
-class Words:
-    """How keys and values are written in a timeline. Subclass it for a protocol of your own."""
-
-    def key(self, key: str) -> str:
-        """A key."""
-        return key
-
-    def value(self, key: str, value: bytes | int) -> str:
-        """A value under a key, or an amount that is added to it."""
-        if isinstance(value, int):
-            return str(value)
-        text = value.decode(errors="backslashreplace")
-        text = text if text.isprintable() else repr(value)[2:-1]
-        text = text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
-        return text or '""'
-
-
-class BarrierWords(Words):
-    """How the keys and values of ``refdist.barrier`` are written."""
-
-    def key(self, key: str) -> str:
-        """The parts of a key that differ within one barrier."""
-        return re.sub(r"^barrier/(\d+/\d+/)?", "", key)
-
-    def value(self, key: str, value: bytes | int) -> str:
-        """The state in words; anything else as it is."""
-        if key.endswith("/state"):
-            try:
-                return _state_in_words(BarrierState.of(int(value or 0)))
-            except ValueError:
-                pass
-        if key.endswith(("/wake", "/left")) and value in (b"4611686018427387904", 1 << 62):
-            return "open"
-        return super().value(key, value)
-
-
-def _state_in_words(state: BarrierState) -> str:
-    if state.broken:
-        return "broken"
-    parts = [f"{state.left} left"] if state.left else []
-    parts += [f"{state.asleep} asleep"] if state.asleep else []
-    return ", ".join(parts) or "nothing yet"
 
 
 @dataclass(frozen=True)
@@ -77,33 +32,33 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What happens in a schedule.
+    """What happens in a schedule. As a string, it has one column a rank.
 
     Attributes:
         world_size: how many ranks there are.
         schedule: the steps, as a string.
         events: in order.
-        conclusion: what should have held, if it does not.
+        conclusion: what should have held; empty if it does.
     """
 
     world_size: int
     schedule: str
     events: tuple[Event, ...]
     conclusion: str = ""
-    _column: int = field(default=44, repr=False)
 
     def __str__(self) -> str:
-        width = self._column
-        header = "step  " + "".join(f"rank {rank}".ljust(width) for rank in range(self.world_size))
-        lines = [header.rstrip()]
+        ranks = range(self.world_size)
+        texts = [[event.text for event in self.events if event.rank == rank] for rank in ranks]
+        widths = [2 + max(map(len, [f"rank {rank}", *texts[rank]])) for rank in ranks]
+        lines = ["step  " + "".join(f"rank {rank}".ljust(widths[rank]) for rank in ranks)]
         last = 0
         for event in self.events:
-            step = str(event.step).rjust(4) if event.step != last else " " * 4
+            number = "" if event.step == last else str(event.step)
             last = event.step
-            lines.append(f"{step}  {' ' * (width * event.rank)}{event.text}")
+            lines.append(f"{number:>4}  {' ' * sum(widths[: event.rank])}{event.text}")
         if self.conclusion:
             lines.append(f"Not so: {self.conclusion}")
-        return "\n".join(lines)
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def replay(
@@ -121,7 +76,7 @@ def replay(
     Raises:
         ValueError: the schedule has a step that cannot happen.
     """
-    states, steps = states_of(Machine(protocol, world_size), schedule)
+    states, steps = _carry_out(Machine(protocol, world_size), schedule)
     teller = _Teller(words or Words())
     events: list[Event] = []
     for number, ((before, after), step) in enumerate(zip(pairwise(states), steps, strict=True), 1):
@@ -129,12 +84,8 @@ def replay(
     return Timeline(world_size, schedule, tuple(events))
 
 
-def states_of(machine: Machine, schedule: str) -> tuple[list[State], list[str]]:
-    """The states that a schedule goes through, and its steps.
-
-    Raises:
-        ValueError: as ``replay``.
-    """
+def _carry_out(machine: Machine, schedule: str) -> tuple[list[State], list[str]]:
+    """The states that a schedule goes through, and its steps."""
     steps = _STEP.findall(schedule)
     if "".join(steps) != schedule:
         raise ValueError(f"schedule={schedule!r}: must be of steps like 0, t0 and x0")
@@ -151,93 +102,52 @@ def states_of(machine: Machine, schedule: str) -> tuple[list[State], list[str]]:
 
 
 class _Teller:
-    """Puts steps into words."""
+    """Tells what happens from one state to the next."""
 
     def __init__(self, words: Words) -> None:
         self._words = words
 
     def events(self, number: int, step: str, before: State, after: State) -> list[Event]:
-        """What happens in one step, to the rank whose step it is and to those that it wakes."""
-        rank = int(step[-1])
+        """What happens to the rank whose step it is, and to those that it wakes."""
+        actor = int(step[-1])
         if step[0] == "x":
-            return [Event(number, rank, "dies", "dies")]
+            return [Event(number, actor, "dies", "dies")]
         events: list[Event] = []
-        others = [r for r in range(len(after.ranks)) if r != rank]
-        for one in [rank, *others]:
-            old, new = before.ranks[one], after.ranks[one]
-            request = old.request
-            if request is None or (old is new and one != rank):
+        everyone = range(len(after.histories))
+        for rank in sorted(everyone, key=lambda rank: rank != actor):
+            old, new = before.histories[rank], after.histories[rank]
+            if old.request is None or (old is new and rank != actor):
                 continue
             if old is new:
-                events.append(Event(number, one, "waits", f"{self._request(request)}: waits"))
+                text = f"{request_in_words(old.request, self._words)}: waits"
+                events.append(Event(number, rank, "waits", text))
                 continue
-            kind = "is woken" if one in before.memory.waiting else "asks"
-            kind = "times out" if step[0] == "t" and one == rank else kind
-            events += self._told(number, kind, request, old, new)
+            kind = "is woken" if rank in before.memory.waiting else "asks"
+            kind = "enters" if old.request.name == "enter" else kind
+            kind = "times out" if step[0] == "t" and rank == actor else kind
+            events.append(Event(number, rank, kind, self._text(kind, old.request, new)))
+            events += _ends(number, old, new)
         return events
 
-    def _told(
-        self, number: int, kind: str, request: Request, old: History, new: History
-    ) -> list[Event]:
-        rank, text = new.rank, self._request(request)
-        if request.name == "enter":
-            return [Event(number, rank, "enters", text), *self._left(number, rank, old, new)]
+    def _text(self, kind: str, request: Request, new: History) -> str:
+        text = request_in_words(request, self._words)
+        if kind == "enters":
+            return text
         if kind == "times out":
-            text += ": time is up"
-        elif new.reply.kind == CLOSED:
-            text += ": connection closed"
-        elif kind == "is woken":
-            text += ": goes on"
-        else:
-            text += self._answer(request, new.reply.answer)
-        return [Event(number, rank, kind, text), *self._left(number, rank, old, new)]
-
-    def _left(self, number: int, rank: int, old: History, new: History) -> list[Event]:
-        were_over = sum(call.over for call in old.calls)
-        return [_left_event(number, rank, call) for call in new.calls[were_over:] if call.over]
-
-    def _request(self, request: Request) -> str:
-        words, (first, *rest) = self._words, request.arguments or ("",)
-        if request.name == "enter":
-            return f"enters {first}"
-        if request.name in ("multi_set",):
-            pairs = zip(first, rest[0], strict=True)  # type: ignore[call-overload]
-            return "set " + ", ".join(
-                f"{words.key(key)} = {words.value(key, value)}" for key, value in pairs
-            )
-        if isinstance(first, tuple):
-            return f"{request.name} {', '.join(words.key(key) for key in first)}"
-        key = str(first)
-        values = [words.value(key, v) for v in rest if isinstance(v, bytes | int)]
-        if request.name == "set":
-            return f"set {words.key(key)} = {values[0]}"
-        if request.name == "add":
-            return f"add {values[0]} to {words.key(key)}"
-        if request.name == "compare_set":
-            if rest[0] == rest[1]:
-                return f"look at {words.key(key)}"
-            return f"set {words.key(key)} = {values[1]} if {values[0]}"
-        if request.name == "barrier":
-            return f"barrier {words.key(key)} of {values[0]}"
-        return " ".join([request.name, words.key(key), *values])
-
-    def _answer(self, request: Request, answer: Answer) -> str:
-        if request.waits:
-            return ": goes on"
-        if answer is None:
-            return ""
-        key = str(request.arguments[0]) if request.arguments else ""
-        if isinstance(answer, tuple):
-            return f" -> {', '.join(self._words.value(key, v) for v in answer if v) or 'none'}"  # type: ignore[arg-type]
-        if isinstance(answer, bool):
-            return f" -> {'yes' if answer else 'no'}"
-        if request.name == "compare_set" and answer == request.arguments[1] == b"\0":
-            return " -> nothing there"
-        return f" -> {self._words.value(key, answer)}"  # type: ignore[arg-type]
+            return f"{text}: time is up"
+        if new.reply.kind == CLOSED:
+            return f"{text}: connection closed"
+        return text + answer_in_words(request, new.reply.answer, self._words)
 
 
-def _left_event(number: int, rank: int, call: Call) -> Event:
-    if call.error is None:
-        value = "" if call.value is None else f" {call.value!r}"
-        return Event(number, rank, "returns", f"returns{value} from {call.name}")
-    return Event(number, rank, "raises", f"raises {type(call.error).__name__} from {call.name}")
+def _ends(number: int, old: History, new: History) -> list[Event]:
+    """The ends of the calls that have ended."""
+    ended = [call for call in new.calls[sum(call.over for call in old.calls) :] if call.over]
+    return [Event(number, new.rank, *_end(call)) for call in ended]
+
+
+def _end(call: Call) -> tuple[str, str]:
+    if call.error is not None:
+        return "raises", f"raises {type(call.error).__name__} from {call.name}"
+    value = "" if call.value is None else f" {call.value!r}"
+    return "returns", f"returns{value} from {call.name}"
