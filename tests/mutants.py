@@ -205,20 +205,26 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant(NoDeparture, rank_0_leaves_last, native=True),
-    Mutant(NoOutcome, agreement),
-    Mutant(PlainCounter, nobody_returns_early, rounds=2),
-    Mutant(KeysDeletedEarly, everyone_is_woken),
-    Mutant(TimeoutBreaksNothing, no_latecomer_passes),
-    Mutant(BreakWithoutLooking, agreement),
-    Mutant(NobodyWakes, everyone_is_woken),
-    Mutant(SleepsUnseen, everyone_is_woken, native=True),
-    Mutant(WaitsForEver, nobody_waits_for_ever, native=True),
-    Mutant(AnyoneOpensTheLastGate, rank_0_leaves_last, native=True),
-    Mutant(SameNamesAfterFailure, next_call_works, rounds=2),
-    Mutant(OldKeysStay, no_key_stays, rounds=2),
-    Mutant(EveryoneTellsWhy, one_reason, world_size=3, timeouts=2, width=3000),
-    Mutant(NoReason, everyone_is_woken),
-    Mutant(ResetTooEarly, next_call_works),
-    Mutant(TwoSlots, next_call_works, rounds=3, timeouts=0),
+    Mutant(
+        NoDeparture, rank_0_leaves_last, native=True, shows="   7  add 1 left to state -> 1 left"
+    ),
+    Mutant(NoOutcome, agreement, shows="raises BarrierError from barrier 0"),
+    Mutant(PlainCounter, nobody_returns_early, rounds=2, shows="add 1 to arrived -> 3"),
+    Mutant(KeysDeletedEarly, everyone_is_woken, shows="delete_key state -> yes"),
+    Mutant(TimeoutBreaksNothing, no_latecomer_passes, shows="raises BarrierError from barrier 0"),
+    Mutant(BreakWithoutLooking, agreement, shows="set state = nothing yet"),
+    Mutant(NobodyWakes, everyone_is_woken, shows="wait wake: time is up"),
+    Mutant(
+        SleepsUnseen, everyone_is_woken, native=True, shows="   9  barrier wake of open: time is up"
+    ),
+    Mutant(WaitsForEver, nobody_waits_for_ever, native=True, shows="wait wake: waits"),
+    Mutant(AnyoneOpensTheLastGate, rank_0_leaves_last, native=True, shows="   8  add 1 left"),
+    Mutant(
+        SameNamesAfterFailure, next_call_works, rounds=2, shows="raises BarrierError from barrier 1"
+    ),
+    Mutant(OldKeysStay, no_key_stays, rounds=2, shows="returns from barrier 1"),
+    Mutant(EveryoneTellsWhy, one_reason, world_size=3, timeouts=2, width=3000, shows='{"by": 1'),
+    Mutant(NoReason, everyone_is_woken, shows="wait reason: time is up"),
+    Mutant(ResetTooEarly, next_call_works, shows="set arrived = 0, state = nothing yet"),
+    Mutant(TwoSlots, next_call_works, rounds=3, timeouts=0, shows="add 1 to arrived -> 3"),
 ]

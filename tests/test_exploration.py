@@ -573,7 +573,14 @@ def no_message_stays(snapshot):
 MAIL = [nothing_is_lost, no_message_stays, nobody_waits_for_ever, errors_are(MessageError)]
 
 
-@pytest.mark.parametrize("seconds", [0, 2], ids=["kept", "expired"])
+# Found here: a message expires just as its reader looks, which so finds nothing, and then finds the
+# note. It takes the note for a value that nobody writes: 000000011010111111.
+EXPIRES = pytest.param(
+    2, id="expired", marks=pytest.mark.xfail(strict=True, reason="to be mended in refdist.waiting")
+)
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(0, id="kept"), EXPIRES])
 @pytest.mark.parametrize(("timeouts", "crashes"), [(0, 0), (2, 1)])
 def test_messages(timeouts, crashes, seconds):
     objects = ["a", "b", "c"]
