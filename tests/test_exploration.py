@@ -98,6 +98,7 @@ def test_independent_ranks(requests):
     assert found.states == math.prod(number + 1 for number in steps)
     assert found.steps == sum(steps)
     assert found.complete and found.counterexample is None
+    assert str(found).endswith(f"{found.schedules:,} schedules; all properties hold")
 
 
 # A rank may die before each of its requests: after entering, and after each request but the last.
@@ -162,6 +163,7 @@ def test_the_counterexample_is_a_shortest_one():
     assert sum(c.isdigit() for c in found.counterexample.schedule) <= min(lengths)
     assert found.counterexample.violated is all_return
     assert found.counterexample.sentence == "Nobody raises."
+    assert str(found).endswith(f"until {found.counterexample.schedule}; not so: Nobody raises.")
 
 
 # Time: a wait that times out takes as long as it was told, on the clock of its rank alone.

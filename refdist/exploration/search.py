@@ -79,7 +79,7 @@ class Counterexample:
 
 @dataclass(frozen=True)
 class Exploration:
-    """What came of it.
+    """What came of it. As a string, in one line.
 
     Attributes:
         states: how many different states were seen.
@@ -95,6 +95,14 @@ class Exploration:
     steps: int
     complete: bool
     counterexample: Counterexample | None
+
+    def __str__(self) -> str:
+        counts = f"{self.states:,} states"
+        if self.counterexample is not None:
+            found = self.counterexample
+            return f"{counts} until {found.schedule}; not so: {found.sentence}"
+        some = "" if self.complete else "some of them: "
+        return f"{counts}, {self.schedules:,} schedules; {some}all properties hold"
 
 
 def explore(
