@@ -37,19 +37,11 @@ from refdist.exploration import (
 )
 from refdist.exploration.machine import Machine
 
+COUNTERS = pytest.mark.skipif(
+    not compat.store_features()[compat.STORE_BARRIER], reason="this torch has no Store.barrier"
+)
 BOTH_KINDS = pytest.mark.parametrize(
-    "native",
-    [
-        pytest.param(
-            True,
-            id="counters",
-            marks=pytest.mark.skipif(
-                not compat.store_features()[compat.STORE_BARRIER],
-                reason="this torch has no Store.barrier",
-            ),
-        ),
-        pytest.param(False, id="keys"),
-    ],
+    "native", [pytest.param(True, id="counters", marks=COUNTERS), pytest.param(False, id="keys")]
 )
 SECOND = timedelta(seconds=1)
 
@@ -424,9 +416,7 @@ def test_rank_0_leaves_last(native):
 # Found here: a gate that is a counter is opened by two requests, and the second one may time out,
 # on a rank whose barrier is complete. The first alone wakes everyone.
 @pytest.mark.xfail(strict=True, reason="to be mended in refdist.gates")
-@pytest.mark.skipif(
-    not compat.store_features()[compat.STORE_BARRIER], reason="this torch has no Store.barrier"
-)
+@COUNTERS
 def test_opening_a_gate_does_not_fail():
     found = explore(barriers(), 2, [agreement])
     assert found.counterexample is None  # 0001110011t1
@@ -440,7 +430,13 @@ def without_opening(properties, native):
 # Every mutant is caught, by the property that it was made to break. The real barrier is not.
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.barrier.__name__)
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(mutant, id=mutant.barrier.__name__, marks=[COUNTERS] if mutant.native else [])
+        for mutant in MUTANTS
+    ],
+)
 def test_mutants(mutant):
     with kind_of_gates(mutant.native):
         found = explore(
@@ -454,7 +450,7 @@ def test_mutants(mutant):
 
 
 # Where a mutant fails, the real barrier does not.
-@pytest.mark.parametrize("config", {mutant[2:7] for mutant in MUTANTS})
+@pytest.mark.parametrize("config", sorted({mutant[2:7] for mutant in MUTANTS}, key=str))
 def test_the_real_barrier_where_mutants_fail(config):
     native, world_size, rounds, timeouts, width = config
     properties = {mutant.violated for mutant in MUTANTS if mutant[2:7] == config}
@@ -608,9 +604,7 @@ def test_messages_in_chunks(seconds):
 # A surprise of torch's queues, which is why refdist uses none: a client that has waited for a queue
 # stays listed there, so the next push to it ends the wait of that client for anything else. The
 # test of the simulated store shows that the real one does the same.
-@pytest.mark.skipif(
-    not compat.store_features()[compat.STORE_BARRIER], reason="this torch has no Store.barrier"
-)
+@COUNTERS
 def test_a_queue_wakes_who_waits_in_a_barrier():
     def protocol(store, rank, world_size):
         barrier = Barrier(store, rank, world_size)

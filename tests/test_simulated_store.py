@@ -85,7 +85,9 @@ class RealClients:
     """Clients of a real store, of which any number may be waiting."""
 
     def __init__(self):
-        self.control = create_tcp_store(LOCAL, 0, is_master=True)
+        # of the two servers that torch has, the one that is simulated; on torch 2.6, the other one
+        # is what create_tcp_store takes
+        self.control = TCPStore(LOCAL, 0, is_master=True, wait_for_workers=False, use_libuv=True)
         self._relays = [Relay(self.control.port) for _ in range(1, CLIENTS)]
         ports = [self.control.port, *(relay.port for relay in self._relays)]
         self._stores = [create_tcp_store(LOCAL, port) for port in ports]

@@ -7,6 +7,7 @@ suspended, and nothing in the code needs to know.
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,8 +117,8 @@ def run(
                 value, error = None, None
                 try:
                     value = function()
-                except _HaltedError:
-                    pass
+                except _HaltedError as halted:
+                    traceback.clear_frames(halted.__traceback__)
                 except Exception as raised:
                     error = _without_frames(raised)
                 over = session.request is None
@@ -135,8 +136,8 @@ def run(
                 )
                 if not over:
                     break
-        except _HaltedError:
-            pass
+        except _HaltedError as halted:
+            traceback.clear_frames(halted.__traceback__)
     if session.differs:
         raise ValueError(session.differs)
     return Ran(names, tuple(calls), session.request)
