@@ -147,9 +147,11 @@ class Barrier:
         with phase("arrival", self._rank, generation, record):
             signature = sign(generation, self._rank, value or b"")
             self._store.append(slot.roll, signature)  # type: ignore[attr-defined]
-            give_up = None
+            give_up, mark = None, State.mark(self._rank)
             try:
-                if not self._arrive(slot, deadline) and not self._all_here(slot):
+                over, awake = self._arrive(slot, deadline)
+                mark -= awake
+                if not over and not self._all_here(slot):
                     give_up = "its time was up"
             except CancelledWaitError as error:
                 cancelled, give_up = error, f"of {error}"
@@ -159,7 +161,7 @@ class Barrier:
                 self._break(slot, generation, deadline, give_up)
             if value is not None:
                 roll = peek(self._store, slot.roll)
-            state = self._confirm(slot, generation)
+            state = self._confirm(slot, generation, mark)
 
         if state.broken:
             deadline.store_answers()
@@ -175,22 +177,28 @@ class Barrier:
             self._depart(slot, state, generation, deadline, cancelled)
         return roll
 
-    def _arrive(self, slot: keys.Slot, deadline: Deadline) -> bool:
-        """Returns whether there is an outcome: all have arrived, or someone broke the barrier."""
+    def _arrive(self, slot: keys.Slot, deadline: Deadline) -> tuple[bool, int]:
+        """Wait until there is an outcome: all have arrived, or someone broke the barrier.
+
+        Returns:
+            Whether there is one, and what this rank has added to the state and must take back.
+        """
         if self._gates.count_in(slot.arrived, self._world_size, deadline):
-            return True
+            return True, 0
         state = State.of(self._store.add(slot.state, ASLEEP))
-        # whoever confirms after this sees the sleeper, and opens the gate
-        return state.broken or state.left > 0 or self._gates.wait(slot.wake, deadline)
+        if state.broken or state.left > 0:
+            return True, ASLEEP
+        # whoever confirms first sees the sleeper, and opens the gate
+        return self._gates.wait(slot.wake, deadline), 0
 
     def _all_here(self, slot: keys.Slot) -> bool:
         """Whether the last has arrived without saying so, because it is slow or died there."""
         count = self._store.get(slot.arrived)
         return count.isdigit() and int(count) >= self._world_size
 
-    def _confirm(self, slot: keys.Slot, generation: int) -> State:
+    def _confirm(self, slot: keys.Slot, generation: int, mark: int) -> State:
         """Add this rank's mark. The state as it is then holds the outcome."""
-        added = self._store.add(slot.state, State.mark(self._rank))
+        added = self._store.add(slot.state, mark)
         state = read_state(added, generation, self._world_size)
         first = not state.broken and state.left == 1
         if first and (state.asleep > 0 or self._gates.open_always):
@@ -230,6 +238,10 @@ class Barrier:
     ) -> None:
         everyone = state.left == self._world_size
         used, self._used = self._used, slot
+        woken = state.left == 1 or not (state.asleep > 0 or self._gates.open_always)
+        if everyone and not woken and cancelled is None:
+            # the first to confirm may still be about to open this gate, and needs the store
+            self._gates.wait(slot.wake, deadline)
         if everyone and (self._rank != 0 or self._gates.open_always):
             self._gates.open(slot.left)
         if self._rank == 0:

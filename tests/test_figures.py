@@ -6,12 +6,14 @@ from refdist import figures
 from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.fit import Line
 from refdist.benchmarks.ways import WAYS
+from refdist.exploration import Event, Timeline
 from refdist.figures import (
     all_reduce_times,
     all_reduce_ways,
     barrier_timeline,
     keys_over_time,
     remainder_map,
+    schedule,
     size_name,
     stages_of_models,
 )
@@ -123,3 +125,29 @@ def test_every_way_has_a_line_of_its_own():
 )
 def test_size_names(num_bytes, name):
     assert size_name(num_bytes) == name
+
+
+def test_a_schedule_has_a_row_for_each_event_and_a_column_for_each_rank():
+    events = (
+        Event(1, 0, "enters", "enters it"),
+        Event(2, 0, "waits", "waits"),
+        Event(3, 1, "enters", "enters it"),
+        Event(4, 1, "asks", "sets it"),
+        Event(4, 0, "is woken", "goes on"),
+        Event(4, 0, "returns", "returns"),
+    )
+    (ax,) = schedule(Timeline(2, "0011", events, "It is.")).axes
+    heads, texts = ax.texts[:2], [text for text in ax.texts[2:] if text.get_text()]
+    columns = [head.get_position()[0] for head in heads]
+    assert [head.get_text() for head in heads] == ["rank 0", "rank 1"]
+    for row, (event, text) in enumerate(zip(events, texts, strict=True)):
+        x, y = text.get_position()
+        assert (text.get_text(), y) == (event.text, row)
+        assert columns[event.rank] < x < columns[event.rank] + 0.5
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2", "3", "4"]
+    assert list(ax.get_yticks()) == [0, 1, 2, 3]
+    (arrow,) = (text for text in ax.texts if not text.get_text())
+    assert (arrow.xyann, arrow.xy) == ((columns[1], 3), (columns[0], 4))
+    assert ax.get_xlabel() == "Not so: It is."
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "is woken" in legend and "dies" not in legend

@@ -210,7 +210,14 @@ LAYERS = [
     {"stateless", "process_groups", "collectives", "small_sums"},
 ]
 INDEPENDENT = {"tensor_parallel", "polling"}
-OUTER = {"engines", "figures", "partition_figures", "pipeline_figures", "benchmarks"}
+OUTER = {
+    "engines",
+    "figures",
+    "partition_figures",
+    "pipeline_figures",
+    "benchmarks",
+    "exploration",
+}
 FOR_NOTEBOOKS = {"matplotlib", "mpl_toolkits", "ipyparallel", "IPython", "ipywidgets", "numpy"}
 
 
@@ -249,7 +256,8 @@ def module_imports(name):
 def test_every_module_has_its_layer():
     listed = set().union(*LAYERS) | INDEPENDENT | OUTER | {"__init__"}
     assert set(modules()) <= listed
-    assert listed - set(modules()) <= {"benchmarks"}  # a module or a folder of modules
+    # folders of modules
+    assert listed - set(modules()) == {"benchmarks", "exploration"}
 
 
 @pytest.mark.parametrize("level", range(len(LAYERS)))
@@ -333,6 +341,31 @@ def test_a_package_offers_what_its_modules_define():
         if callable(value):
             text = inspect.getdoc(value)
             assert text and not text.startswith(f"{name}("), name
+
+
+# Exploration is a package of its own as well, and needs nothing but what is explored.
+
+EXPLORATION_LAYERS = [
+    {"server"},
+    {"rank", "words"},
+    {"machine"},
+    {"timeline"},
+    {"search"},
+    {"properties"},
+]
+
+
+def test_exploration_has_its_layers():
+    folder = {path.stem: path for path in (PACKAGE / "exploration").glob("*.py")}
+    assert set(folder) == set().union(*EXPLORATION_LAYERS) | {"__init__"}
+    core = {f"refdist.{name}" for name in set().union(*LAYERS)}
+    for level, names in enumerate(EXPLORATION_LAYERS):
+        below = set().union(*EXPLORATION_LAYERS[:level])
+        for name in names:
+            inside = re.findall(r"refdist\.exploration\.(\w+)", folder[name].read_text())
+            assert set(inside) <= below, name
+            outside = {i for i in imports(folder[name]) if i.startswith("refdist")}
+            assert outside - {"refdist", "refdist.exploration"} <= core, name
 
 
 def test_the_core_imports_torch_and_the_standard_library():

@@ -1,0 +1,61 @@
+"""Every schedule of a protocol over a store, tried by a machine.
+
+A *protocol* is a function of a store, a rank and the world size, which returns the calls that the
+rank makes, by name. It runs unchanged, over a simulated store that answers as torch's does, under a
+scheduler that owns every step: which rank goes next, whose wait times out, who dies.
+
+>>> from refdist.exploration import agreement, explore, replay
+>>> def protocol(store, rank, world_size):
+...     barrier = Barrier(store, rank, world_size)
+...     return {"barrier": lambda: barrier.wait(1.0)}
+>>> explore(protocol, 2, [agreement], timeouts=1, crashes=1)
+
+*Properties* say what should hold. The shortest schedule after which one does not is the
+*counterexample*: a string, which ``replay`` turns into a timeline.
+"""
+
+from refdist.exploration.properties import (
+    BARRIER,
+    REFDIST_BARRIER,
+    agreement,
+    everyone_is_woken,
+    next_call_works,
+    no_key_stays,
+    no_latecomer_passes,
+    nobody_returns_early,
+    nobody_waits_for_ever,
+    one_reason,
+    rank_0_leaves_last,
+    within,
+)
+from refdist.exploration.rank import Call, Protocol
+from refdist.exploration.search import Counterexample, Exploration, Property, Snapshot, explore
+from refdist.exploration.timeline import Event, Timeline, replay
+from refdist.exploration.words import RefdistWords, Words
+
+__all__ = [
+    "BARRIER",
+    "REFDIST_BARRIER",
+    "Call",
+    "Counterexample",
+    "Event",
+    "Exploration",
+    "Property",
+    "Protocol",
+    "RefdistWords",
+    "Snapshot",
+    "Timeline",
+    "Words",
+    "agreement",
+    "everyone_is_woken",
+    "explore",
+    "next_call_works",
+    "no_key_stays",
+    "no_latecomer_passes",
+    "nobody_returns_early",
+    "nobody_waits_for_ever",
+    "one_reason",
+    "rank_0_leaves_last",
+    "replay",
+    "within",
+]

@@ -1,0 +1,139 @@
+"""What should hold in every state of a barrier. Each property says it in one sentence.
+
+A call is *collective* if every rank makes one of its name. A rank *completes* a call when it
+returns, and also when rank 0 raises only because another rank did not leave in time.
+"""
+
+from refdist import keys
+from refdist.exploration.rank import Call
+from refdist.exploration.search import Property, Snapshot
+
+
+def nobody_returns_early(snapshot: Snapshot) -> bool:
+    """Nobody returns from a collective call before every rank has entered it."""
+    return all(
+        len(calls) == len(snapshot.calls) or not any(call.returned for call in calls.values())
+        for calls in snapshot.collective.values()
+    )
+
+
+def agreement(snapshot: Snapshot) -> bool:
+    """Of the ranks that leave a collective call, either all complete it or none does."""
+    return all(
+        len({completed(call) for call in calls.values() if call.over}) <= 1
+        for calls in snapshot.collective.values()
+    )
+
+
+def no_latecomer_passes(snapshot: Snapshot) -> bool:
+    """A rank that enters a collective call after another has given it up never completes it."""
+    return not any(
+        completed(call) and any(gave_up(calls[other]) for other in call.after)
+        for calls in snapshot.collective.values()
+        for call in calls.values()
+    )
+
+
+def rank_0_leaves_last(snapshot: Snapshot) -> bool:
+    """Of those that live, rank 0 returns from a collective call last, unless its time is up."""
+    for calls in snapshot.collective.values():
+        if 0 in calls and calls[0].returned and calls[0].seconds == 0:
+            inside = [rank for rank, call in calls.items() if not call.over]
+            if set(inside) - snapshot.dead:
+                return False
+    return True
+
+
+def nobody_waits_for_ever(snapshot: Snapshot) -> bool:
+    """In the end, no rank waits, without a timeout, for what cannot come any more."""
+    return not snapshot.stuck
+
+
+def next_call_works(snapshot: Snapshot) -> bool:
+    """A collective call is completed if no rank dies and no wait of it times out too early."""
+    return all(
+        not gave_up(call)
+        for calls in _undisturbed(snapshot)
+        if not any(call.early for call in calls.values())
+        for call in calls.values()
+    )
+
+
+def everyone_is_woken(snapshot: Snapshot) -> bool:
+    """In a collective call that all enter alive, no wait lasts until nobody can go on."""
+    return not any(call.stalled for calls in _undisturbed(snapshot) for call in calls.values())
+
+
+def one_reason(snapshot: Snapshot) -> bool:
+    """All that give a collective call up, and can tell who broke it, name the same rank."""
+    return all(
+        len(
+            {getattr(call.error, "broken_by", -1) for call in calls.values() if gave_up(call)}
+            - {-1}
+        )
+        <= 1
+        for calls in snapshot.collective.values()
+    )
+
+
+def within(seconds: float) -> Property:
+    """The property that no call waits longer than so many seconds."""
+
+    def in_time(snapshot: Snapshot) -> bool:
+        return all(call.seconds <= seconds for calls in snapshot.calls for call in calls.values())
+
+    in_time.__doc__ = f"No call waits longer than {seconds:g} s."
+    return in_time
+
+
+def no_key_stays(snapshot: Snapshot) -> bool:
+    """When a barrier has returned everywhere, all keys of those before it are gone or reset."""
+    barriers = list(snapshot.collective.values())
+    if not (snapshot.ended and barriers) or not all(c.returned for c in barriers[-1].values()):
+        return True
+    broken = [any(map(gave_up, calls.values())) for calls in barriers]
+    epoch, in_epoch = sum(broken), broken[::-1].index(True) if any(broken) else len(broken)
+    slots = keys.slots(epoch)
+    in_use = set(vars(slots[(in_epoch - 1) % keys.SLOTS]).values())
+    reset = {key for slot in slots for key in vars(slot).values()}
+    return all(
+        key in in_use or (key in reset and value in (b"", b"0"))
+        for key, value in snapshot.values.items()
+    )
+
+
+BARRIER: tuple[Property, ...] = (
+    nobody_returns_early,
+    agreement,
+    no_latecomer_passes,
+    rank_0_leaves_last,
+    nobody_waits_for_ever,
+    next_call_works,
+    everyone_is_woken,
+)
+"""The properties of any barrier."""
+
+REFDIST_BARRIER: tuple[Property, ...] = (*BARRIER, one_reason, no_key_stays)
+"""The properties of ``refdist.barrier``, whose errors and keys they know."""
+
+
+def _undisturbed(snapshot: Snapshot) -> list[dict[int, Call]]:
+    """The collective calls that every rank has entered, if none has died."""
+    if snapshot.dead:
+        return []
+    return [c for c in snapshot.collective.values() if len(c) == len(snapshot.calls)]
+
+
+def completed(call: Call) -> bool:
+    """Whether a rank has completed a call."""
+    error: BaseException | None = call.error
+    while error is not None:
+        if getattr(error, "completed", False):
+            return True
+        error = error.__cause__
+    return call.returned
+
+
+def gave_up(call: Call) -> bool:
+    """Whether a rank has left a call without completing it."""
+    return call.over and not completed(call)

@@ -1,0 +1,114 @@
+"""Requests, answers and values in words, for timelines."""
+
+import pickle
+import re
+from typing import Any
+
+from refdist.barrier_state import State, signed_by
+from refdist.errors import name_ranks
+from refdist.exploration.server import Answer, Request
+from refdist.gates import OPEN
+
+_MOST_CHARACTERS = 28  # of a value
+
+
+class Words:
+    """How keys and values are written in a timeline. Subclass it for a protocol of your own."""
+
+    def key(self, key: str) -> str:
+        """A key."""
+        return key
+
+    def value(self, key: str, value: bytes) -> str:
+        """The value of a key."""
+        text = value.decode(errors="backslashreplace")
+        text = text if text.isprintable() else repr(value)[2:-1]
+        text = text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
+        return text or '""'
+
+    def amount(self, key: str, amount: int) -> str:
+        """What is added to the value of a key."""
+        return str(amount)
+
+
+class RefdistWords(Words):
+    """How the keys and values of refdist's barriers and messages are written."""
+
+    def key(self, key: str) -> str:
+        """Without the epoch and the slot of a barrier."""
+        return re.sub(r"^barrier/(\d+/)+", "", key)
+
+    def value(self, key: str, value: bytes) -> str:
+        """The roll, the state, a gate or an object in words; anything else as it is."""
+        if key.endswith("/roll"):
+            # the number of the barrier comes first
+            signed = signed_by(value, int.from_bytes(value[:8], "little"))
+            return f"signed by {name_ranks(sorted(signed))}"
+        if key.endswith("/state") and re.fullmatch(rb"-?\d+", value):
+            return self.amount(key, int(value))
+        if value == str(OPEN).encode():
+            return "open"
+        if value[:1] == b"\x01":
+            return repr(pickle.loads(value[1:]))
+        return super().value(key, value)
+
+    def amount(self, key: str, amount: int) -> str:
+        """A state in words; anything else as it is."""
+        if not key.endswith("/state"):
+            return super().amount(key, amount)
+        state = State.of(amount)
+        if state.broken:
+            return "broken"
+        parts = [f"{state.left} left"] if state.left else []
+        parts += [f"{state.asleep} asleep"] if state.asleep else []
+        return ", ".join(parts) or "nothing yet"
+
+
+def request_in_words(request: Request, words: Words) -> str:
+    """What a rank asks of its store."""
+    if request.name == "enter":
+        return f"enters {request.arguments[0]}"
+    if not request.arguments:
+        return request.name
+    first, *rest = request.arguments
+    if request.name == "multi_set":
+        pairs = zip(first, rest[0], strict=True)
+        return "set " + ", ".join(f"{words.key(k)} = {words.value(k, v)}" for k, v in pairs)
+    if isinstance(first, tuple):
+        return f"{request.name} {', '.join(map(words.key, first))}"
+    key = words.key(first)
+    values = [words.value(first, v) if isinstance(v, bytes) else v for v in rest]
+    match request.name:
+        case "set":
+            return f"set {key} = {values[0]}"
+        case "append" | "queue_push":
+            return f"{request.name} to {key}: {values[0]}"
+        case "add":
+            return f"add {words.amount(first, rest[0])} to {key}"
+        case "compare_set" if rest[0] == rest[1]:
+            return f"look at {key}"
+        case "compare_set":
+            return f"if {key} is {values[0]}, set it to {values[1]}"
+        case "barrier":
+            number = "open" if values[0] == OPEN else values[0]
+            return f"barrier {key} of {number}"
+    return f"{request.name} {key}"
+
+
+def answer_in_words(request: Request, answer: Answer, words: Words) -> str:
+    """What a rank learns by the answer, as the end of a line."""
+    if request.waits:
+        return ": goes on"
+    if answer is None:
+        return ""
+    keys: Any = request.arguments[0] if request.arguments else ""
+    if isinstance(answer, bool):
+        return f" -> {'yes' if answer else 'no'}"
+    if isinstance(answer, int):
+        return f" -> {words.amount(keys, answer)}"
+    if isinstance(answer, bytes):
+        unknown = request.name == "compare_set" and answer == request.arguments[1]
+        nothing = unknown and answer == request.arguments[2] == b"\0"
+        return " -> nothing there" if nothing else f" -> {words.value(keys, answer)}"
+    found = [words.value("", v) if isinstance(v, bytes) else v for v in answer]
+    return f" -> {', '.join(found) or 'nothing'}"
