@@ -16,7 +16,7 @@ SLICE_SECONDS = 1.0
 ANSWER_SECONDS = 1.0
 """How long a store may take to answer after a deadline, before its host counts as stopped."""
 
-_NEVER_WRITTEN = "\0"
+_NEVER_WRITTEN, _NEVER_WRITTEN_EITHER = "\0", "\0\0"
 
 
 class CancelledWaitError(Exception):
@@ -113,8 +113,8 @@ def wait_for_value(store: Store, key: str, deadline: Deadline) -> bytes | None:
     """
     while wait_for_keys(store, [key], deadline):
         value = peek(store, key)
-        if value is None and store.check([key]):
-            value = _NEVER_WRITTEN.encode()  # so someone wrote it
+        if value is None:
+            value = _peek(store, key, _NEVER_WRITTEN_EITHER)  # unless someone wrote the other
         if value is not None or deadline.remaining() == 0:
             return value
     return None
@@ -126,8 +126,12 @@ def peek(store: Store, key: str) -> bytes | None:
     ``get`` would wait for the key. ``compare_set`` with an expected value that nobody writes
     answers with the present value and changes nothing.
     """
-    value: bytes = store.compare_set(key, _NEVER_WRITTEN, _NEVER_WRITTEN)
-    return None if value == _NEVER_WRITTEN.encode() else value
+    return _peek(store, key, _NEVER_WRITTEN)
+
+
+def _peek(store: Store, key: str, never_written: str) -> bytes | None:
+    value: bytes = store.compare_set(key, never_written, never_written)
+    return None if value == never_written.encode() else value
 
 
 def decide(store: Store, key: str, proposal: bytes) -> bytes:
