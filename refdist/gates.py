@@ -10,7 +10,6 @@ kinds, with the same methods, because stores differ:
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Protocol, cast
 
 from torch.distributed import DistStoreError, Store, TCPStore
@@ -53,7 +52,7 @@ class CounterGates:
     """Gates of a store that has ``Store.barrier``.
 
     ``barrier(key, n)`` adds 1 to the key and waits until the key is at least ``n``. The call that
-    makes it so wakes everyone who waits there, whatever number they wait for.
+    makes it so wakes everyone who waits there, whatever number they wait for, and so does ``set``.
     """
 
     open_always = False
@@ -71,9 +70,8 @@ class CounterGates:
                 return False
 
     def open(self, key: str) -> None:
-        """Two requests; the first without an answer."""
+        """One request, without an answer."""
         self._store.set(key, str(OPEN))
-        self._store.barrier(key, 1, timedelta(seconds=1))  # type: ignore[attr-defined]
 
     def wait(self, key: str, deadline: Deadline) -> bool:
         """One request a slice."""
