@@ -28,11 +28,12 @@ have to find the broken one. Rank 0 deletes the old keys when a barrier complete
 come past them by then.
 
 A rank that has waited for a second falls *asleep*: it says so in the state, and waits at a gate.
-Who confirms first sees the sleepers in the state and opens the gate.
+Who confirms first sees the sleepers in the state, opens the gate, and says in the state that it
+has, because until then it needs the store.
 
 Requests to the store: at most 9 a rank, of constant size, and one more for each second of waiting.
-With ``Store.barrier``, and nobody asleep, 3 a rank, 5 for the last to leave, and 6 for rank 0. When
-a barrier breaks, at most 12 a rank; 17 for the one that breaks it, and one more for each rank that
+With ``Store.barrier``, and nobody asleep, 3 a rank, 4 for the last to leave, and 6 for rank 0. When
+a barrier breaks, at most 12 a rank; 15 for the one that breaks it, and one more for each rank that
 falls asleep meanwhile. In the next complete barrier rank 0 deletes the 16 keys of the epoch.
 """
 
@@ -42,6 +43,7 @@ from refdist import keys
 from refdist.barrier_state import (
     ASLEEP,
     MAX_WORLD_SIZE,
+    WOKEN,
     State,
     read_reason,
     read_roll,
@@ -147,9 +149,11 @@ class Barrier:
         with phase("arrival", self._rank, generation, record):
             signature = sign(generation, self._rank, value or b"")
             self._store.append(slot.roll, signature)  # type: ignore[attr-defined]
-            give_up = None
+            give_up, mark = None, State.mark(self._rank)
             try:
-                if not self._arrive(slot, deadline) and not self._all_here(slot):
+                over, awake = self._arrive(slot, deadline)
+                mark -= awake
+                if not over and not self._all_here(slot):
                     give_up = "its time was up"
             except CancelledWaitError as error:
                 cancelled, give_up = error, f"of {error}"
@@ -159,7 +163,7 @@ class Barrier:
                 self._break(slot, generation, deadline, give_up)
             if value is not None:
                 roll = peek(self._store, slot.roll)
-            state = self._confirm(slot, generation)
+            state = self._confirm(slot, generation, mark)
 
         if state.broken:
             deadline.store_answers()
@@ -175,26 +179,35 @@ class Barrier:
             self._depart(slot, state, generation, deadline, cancelled)
         return roll
 
-    def _arrive(self, slot: keys.Slot, deadline: Deadline) -> bool:
-        """Returns whether there is an outcome: all have arrived, or someone broke the barrier."""
+    def _arrive(self, slot: keys.Slot, deadline: Deadline) -> tuple[bool, int]:
+        """Wait until there is an outcome: all have arrived, or someone broke the barrier.
+
+        Returns:
+            Whether there is one, and what this rank has added to the state and must take back.
+        """
         if self._gates.count_in(slot.arrived, self._world_size, deadline):
-            return True
+            return True, 0
         state = State.of(self._store.add(slot.state, ASLEEP))
-        # whoever confirms after this sees the sleeper, and opens the gate
-        return state.broken or state.left > 0 or self._gates.wait(slot.wake, deadline)
+        if state.broken or state.left > 0:
+            return True, ASLEEP
+        # whoever confirms first sees the sleeper, and opens the gate
+        return self._gates.wait(slot.wake, deadline), 0
 
     def _all_here(self, slot: keys.Slot) -> bool:
         """Whether the last has arrived without saying so, because it is slow or died there."""
         count = self._store.get(slot.arrived)
         return count.isdigit() and int(count) >= self._world_size
 
-    def _confirm(self, slot: keys.Slot, generation: int) -> State:
+    def _confirm(self, slot: keys.Slot, generation: int, mark: int) -> State:
         """Add this rank's mark. The state as it is then holds the outcome."""
-        added = self._store.add(slot.state, State.mark(self._rank))
+        added = self._store.add(slot.state, mark)
         state = read_state(added, generation, self._world_size)
         first = not state.broken and state.left == 1
         if first and (state.asleep > 0 or self._gates.open_always):
             self._gates.open(slot.wake)
+            # only now can rank 0 leave
+            added = self._store.add(slot.state, WOKEN)
+            state = read_state(added, generation, self._world_size)
         return state
 
     def _break(self, slot: keys.Slot, generation: int, deadline: Deadline, reason: str) -> None:
@@ -228,7 +241,8 @@ class Barrier:
         deadline: Deadline,
         cancelled: CancelledWaitError | None,
     ) -> None:
-        everyone = state.left == self._world_size
+        sleepers = state.asleep > 0 or self._gates.open_always
+        everyone = state.left == self._world_size and (state.woken or not sleepers)
         used, self._used = self._used, slot
         if everyone and (self._rank != 0 or self._gates.open_always):
             self._gates.open(slot.left)
