@@ -28,11 +28,12 @@ have to find the broken one. Rank 0 deletes the old keys when a barrier complete
 come past them by then.
 
 A rank that has waited for a second falls *asleep*: it says so in the state, and waits at a gate.
-Who confirms first sees the sleepers in the state and opens the gate.
+Who confirms first sees the sleepers in the state, opens the gate, and says in the state that it
+has, because until then it needs the store.
 
 Requests to the store: at most 9 a rank, of constant size, and one more for each second of waiting.
-With ``Store.barrier``, and nobody asleep, 3 a rank, 5 for the last to leave, and 6 for rank 0. When
-a barrier breaks, at most 12 a rank; 17 for the one that breaks it, and one more for each rank that
+With ``Store.barrier``, and nobody asleep, 3 a rank, 4 for the last to leave, and 6 for rank 0. When
+a barrier breaks, at most 12 a rank; 15 for the one that breaks it, and one more for each rank that
 falls asleep meanwhile. In the next complete barrier rank 0 deletes the 16 keys of the epoch.
 """
 
@@ -42,6 +43,7 @@ from refdist import keys
 from refdist.barrier_state import (
     ASLEEP,
     MAX_WORLD_SIZE,
+    WOKEN,
     State,
     read_reason,
     read_roll,
@@ -203,6 +205,9 @@ class Barrier:
         first = not state.broken and state.left == 1
         if first and (state.asleep > 0 or self._gates.open_always):
             self._gates.open(slot.wake)
+            # only now can rank 0 leave
+            added = self._store.add(slot.state, WOKEN)
+            state = read_state(added, generation, self._world_size)
         return state
 
     def _break(self, slot: keys.Slot, generation: int, deadline: Deadline, reason: str) -> None:
@@ -236,7 +241,8 @@ class Barrier:
         deadline: Deadline,
         cancelled: CancelledWaitError | None,
     ) -> None:
-        everyone = state.left == self._world_size
+        sleepers = state.asleep > 0 or self._gates.open_always
+        everyone = state.left == self._world_size and (state.woken or not sleepers)
         used, self._used = self._used, slot
         woken = state.left == 1 or not (state.asleep > 0 or self._gates.open_always)
         if everyone and not woken and cancelled is None:

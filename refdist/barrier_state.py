@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 
 from refdist.errors import BarrierError, MessageError, name_ranks
 
-LEFT, LEFT_SUM, ASLEEP, BROKEN = 1, 1 << 16, 1 << 48, -(1 << 63)
+LEFT, LEFT_SUM, WOKEN, ASLEEP, BROKEN = 1, 1 << 16, 1 << 47, 1 << 48, -(1 << 63)
 MAX_WORLD_SIZE = 1 << 14
 
 _SIGNATURE = struct.Struct("<QII")  # generation, rank, and the length of the value that follows
@@ -17,20 +17,21 @@ _SIGNATURE = struct.Struct("<QII")  # generation, rank, and the length of the va
 class State(NamedTuple):
     """What the state of a barrier says: one integer, to which the store can add.
 
-    From the lowest bit: 16 bits count the ranks that have left, 32 hold the sum of their numbers,
-    and the rest counts those asleep. Negative means broken.
+    From the lowest bit: 16 bits count the ranks that have left, 31 hold the sum of their numbers,
+    one says that the sleepers have been woken, and the rest counts them. Negative means broken.
     """
 
     left: int
     left_sum: int
+    woken: bool
     asleep: int
     broken: bool
 
     @classmethod
     def of(cls, value: int) -> Self:
         """Unpack the integer."""
-        left_sum = (value & (ASLEEP - 1)) // LEFT_SUM
-        return cls(value & (LEFT_SUM - 1), left_sum, value // ASLEEP, value < 0)
+        left, left_sum = value & (LEFT_SUM - 1), (value & (WOKEN - 1)) // LEFT_SUM
+        return cls(left, left_sum, bool(value & WOKEN), value // ASLEEP, value < 0)
 
     @staticmethod
     def mark(rank: int) -> int:

@@ -10,7 +10,6 @@ kinds, with the same methods, because stores differ:
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Protocol, cast
 
 from torch.distributed import DistStoreError, Store, TCPStore

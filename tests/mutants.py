@@ -35,8 +35,8 @@ class NoOutcome(Barrier):
         super()._break(slot, generation, *rest)
         raise BarrierError("my time was up", generation=generation, broken_by=self._rank)
 
-    def _confirm(self, slot, generation):
-        return super()._confirm(slot, generation)._replace(broken=False)
+    def _confirm(self, *arguments):
+        return super()._confirm(*arguments)._replace(broken=False)
 
 
 class PlainCounter(Barrier):
@@ -79,10 +79,10 @@ class BreakWithoutLooking(Barrier):
 class NobodyWakes(Barrier):
     """The first to confirm wakes nobody."""
 
-    def _confirm(self, slot, generation):
+    def _confirm(self, *arguments):
         gates, self._gates = self._gates, _GatesThatStayShut()
         try:
-            return super()._confirm(slot, generation)
+            return super()._confirm(*arguments)
         finally:
             self._gates = gates
 
@@ -99,8 +99,8 @@ class SleepsUnseen(Barrier):
 
     def _arrive(self, slot, deadline):
         if self._gates.count_in(slot.arrived, self._world_size, deadline):
-            return True
-        return self._gates.wait(slot.wake, deadline)
+            return True, 0
+        return self._gates.wait(slot.wake, deadline), 0
 
 
 class AnyoneOpensTheLastGate(Barrier):
@@ -175,9 +175,9 @@ class WaitsForEver(Barrier):
 
     def _arrive(self, slot, deadline):
         if self._gates.count_in(slot.arrived, self._world_size, deadline):
-            return True
+            return True, 0
         self._store.wait([slot.wake])
-        return True
+        return True, 0
 
 
 class Mutant(NamedTuple):

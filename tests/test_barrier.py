@@ -19,6 +19,7 @@ from ranks import LOCAL, Watched, run_ranks, run_threads, second_group
 from torch.distributed import HashStore, PrefixStore
 
 from refdist import BarrierError, StatelessProcessGroup, compat, create_tcp_store, keys
+from refdist.barrier_state import ASLEEP
 
 SLACK = 6.0  # seconds that a slow machine may take beyond a protocol's own deadline
 
@@ -53,7 +54,7 @@ def waits_at(gate, request, key):
 
 def falls_asleep(slot, request, key, amount):
     """Whether a request says that its rank falls asleep."""
-    return request == "add" and key == slot.state and amount % (1 << 16) == 0
+    return request == "add" and key == slot.state and amount == ASLEEP
 
 
 def confirms(slot, request, key, amount):
@@ -788,18 +789,19 @@ SEQUENCES = {
     # with counters, or without; and on rank 0, or on another
     (True, True): (
         "append roll, barrier arrived, (add state, (barrier wake, )?)?add state"
-        "(, set wake, barrier wake)?, multi_set wake, multi_set arrived(, barrier left)?"
+        "(, set wake, add state)?, multi_set wake, multi_set arrived(, barrier left)?"
     ),
     (True, False): (
         "append roll, barrier arrived, (add state, (barrier wake, )?)?add state"
-        "(, set wake, barrier wake)?(, set left, barrier left)?"
+        "(, set wake, add state)?(, set left)?"
     ),
     (False, True): (
-        "append roll, add arrived, (add state, (wait wake, )?)?add state(, set wake)?"
+        "append roll, add arrived, (add state, (wait wake, )?)?add state(, set wake, add state)?"
         "(, set left)?, delete_key wake, delete_key left, multi_set arrived(, wait left)?"
     ),
     (False, False): (
-        "append roll, add arrived, (add state, (wait wake, )?)?add state(, set wake)?(, set left)?"
+        "append roll, add arrived, (add state, (wait wake, )?)?add state(, set wake, add state)?"
+        "(, set left)?"
     ),
 }
 ROUNDS = 2
@@ -847,8 +849,8 @@ def _requests(world_size, native, asleep):
 
 
 # Everyone comes at once. With counters nobody falls asleep, unless the machine is slow: 3 requests
-# a rank. 2 more for who leaves last; 2 more for rank 0, and another if it has to wait for that one.
-# With keys: 4 for the last to arrive, 4 or 5 for the others; 1 more for who leaves last; 3 more for
+# a rank. 1 more for who leaves last; 2 more for rank 0, and another if it has to wait for that one.
+# With keys: 5 for the last to arrive, 4 or 5 for the others; 1 more for who leaves last; 3 more for
 # rank 0, and another if it has to wait.
 
 
@@ -858,8 +860,8 @@ def test_requests(world_size, native):
     for everyone in _requests(world_size, native, asleep=False):
         slow = native and any(words.count("add state") > 1 for words in everyone)
         for rank, words in enumerate(everyone):
-            counts = {3} if native else {4} if "set wake" in words else {4, 5}
-            extra = (2 if native else 1) * ("set left" in words)
+            counts = {3} if native else {5} if "set wake" in words else {4, 5}
+            extra = int("set left" in words)
             if rank == 0:
                 extra += (2 if native else 3) + ("left" in words[-1])
             assert slow or len(words) - extra in counts
@@ -872,12 +874,11 @@ def test_requests(world_size, native):
 @BOTH_KINDS
 @pytest.mark.parametrize("world_size", [2, 16])
 def test_requests_of_sleepers(world_size, native):
-    opens, resets = (2, 2) if native else (1, 3)
+    resets = 2 if native else 3
     for everyone in _requests(world_size, native, asleep=True):
         for rank, words in enumerate(everyone):
             assert ("set wake" in words) == (rank == world_size - 1)
-            expected = 3 + opens if "set wake" in words else 5
-            expected += opens * ("set left" in words)
+            expected = 5 + ("set left" in words)
             if rank == 0:
                 expected += resets + ("left" in words[-1])
             assert len(words) == expected <= 9
@@ -906,7 +907,7 @@ def test_requests_of_a_broken_barrier(native):
     results = run_threads(_count_broken, 3, clients(3, native), threading.Event())
     wait, arrive = ("barrier", "barrier") if native else ("wait", "add")
     gates = ["wake", "arrived"]
-    opens = ", ".join(f"set {gate}, barrier {gate}" if native else f"set {gate}" for gate in gates)
+    opens = ", ".join(f"set {gate}" for gate in gates)
     comes = f"append roll, {arrive} arrived"
     sleeps = f"(, add state(, {wait} wake)*{'' if native else '(, check wake)?'}(, get arrived)?)"
     learns = "add state, wait reason, compare_set reason"

@@ -61,6 +61,7 @@ class RefdistWords(Words):
             return "broken"
         parts = [f"{state.left} left"] if state.left else []
         parts += [f"{state.asleep} asleep"] if state.asleep else []
+        parts += ["woken"] if state.woken else []
         return ", ".join(parts) or "nothing yet"
 
 
