@@ -13,7 +13,11 @@ import pytest
 import torch
 from ranks import LOCAL, Watched, run_ranks, run_threads
 
-from refdist import create_tcp_store, stateless_init_torch_distributed_process_group
+from refdist import (
+    create_tcp_store,
+    stateless_destroy_torch_distributed_process_group,
+    stateless_init_torch_distributed_process_group,
+)
 from refdist.barrier import Barrier
 from refdist.benchmarks.__main__ import main
 from refdist.benchmarks.allreduce import (
@@ -48,9 +52,13 @@ def group_of(rank, name="group"):
 
 
 def measure(rank, dtype):
+    group = group_of(rank)
     with pytest.warns(UserWarning, match="no symmetric memory: needs CUDA tensors"):
-        assert time_all_reduce(group_of(rank, "other"), sizes=[8], ways=["two-shot"]) == []
-    return time_all_reduce(group_of(rank), sizes=[8, 4096, 2**20], dtype=dtype, runs=3)
+        assert time_all_reduce(group, sizes=[8], ways=["two-shot"]) == []
+    timings = time_all_reduce(group, sizes=[8, 4096, 2**20], dtype=dtype, runs=3)
+    rank.meet("measured")
+    stateless_destroy_torch_distributed_process_group(group)
+    return timings
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
