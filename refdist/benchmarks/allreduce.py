@@ -12,8 +12,8 @@ from torch.distributed import ProcessGroup
 
 from refdist.benchmarks.ways import WAYS, Prepared, Workspace, launching, rounded
 
-SIZES = tuple(2**power for power in range(10, 25, 2))
-"""Message sizes in bytes: 1 KiB to 16 MiB."""
+SIZES = tuple(2**power for power in range(10, 27, 2))
+"""Message sizes in bytes: 1 KiB to 64 MiB."""
 
 GPU_SIZES = tuple(2**power for power in range(10, 33, 2))
 """Message sizes in bytes: 1 KiB to 4 GiB."""
