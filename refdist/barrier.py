@@ -244,10 +244,6 @@ class Barrier:
         sleepers = state.asleep > 0 or self._gates.open_always
         everyone = state.left == self._world_size and (state.woken or not sleepers)
         used, self._used = self._used, slot
-        woken = state.left == 1 or not (state.asleep > 0 or self._gates.open_always)
-        if everyone and not woken and cancelled is None:
-            # the first to confirm may still be about to open this gate, and needs the store
-            self._gates.wait(slot.wake, deadline)
         if everyone and (self._rank != 0 or self._gates.open_always):
             self._gates.open(slot.left)
         if self._rank == 0:
