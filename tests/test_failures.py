@@ -176,7 +176,6 @@ def _comes_to(step, slot, request, key, value):
         "after arrival as the last, before it confirms": confirms,
         "after it confirmed, before it wakes the others": request == "set" and key == slot.wake,
         "after it confirmed, before it opens the gate": request == "set" and key == slot.left,
-        "while it opens the gate": request == "barrier" and key == slot.left,
         "after it confirmed, before it resets keys": request in ("multi_set", "delete_key"),
     }.get(step, False)
 
@@ -322,8 +321,6 @@ def _check_returned(world_size, dead, step, without, results):
 def test_killed_after_it_has_confirmed(without):
     steps = ["after it confirmed, before it wakes the others", "after it has left"]
     gate = ["after it confirmed, before it opens the gate"]
-    if not without:
-        gate.append("while it opens the gate")
     cases = [(*victim, step, without) for victim in VICTIMS for step in steps]
     cases += [(*victim, step, without) for victim in NOT_RANK_0 for step in gate]
     resets = "after it confirmed, before it resets keys"

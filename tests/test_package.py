@@ -257,7 +257,7 @@ def test_every_module_has_its_layer():
     listed = set().union(*LAYERS) | INDEPENDENT | OUTER | {"__init__"}
     assert set(modules()) <= listed
     # folders of modules
-    assert listed - set(modules()) == {"benchmarks", "exploration"}
+    assert listed - set(modules()) <= {"benchmarks", "exploration"}
 
 
 @pytest.mark.parametrize("level", range(len(LAYERS)))

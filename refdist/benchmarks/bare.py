@@ -62,6 +62,5 @@ class _Bare:
         opened = self._number * _OPEN
         if last and self._rank != 0:
             store.set(left, str(opened))
-            store.barrier(left, 1, _MINUTES)
         elif not last and self._rank == 0:
             store.barrier(left, opened, _MINUTES)
