@@ -107,8 +107,9 @@ def chunk(key: str, index: int) -> str:
 
 
 def expired(owner: str) -> str:
-    """A large message or broadcast expired while it was read. Written by the source.
+    """A large message or broadcast expired before all had read it. Written by the source.
 
-    Deleted by the reader of a message; that of a broadcast stays, one for each source.
+    For who is in the middle of it. Deleted by the reader of a message, when it finds the note in
+    its place; that of a broadcast stays, one for each source.
     """
     return f"{owner.rpartition('/')[0]}/expired"
