@@ -127,11 +127,15 @@ def _connects(address, port):
     ],
 )
 def test_listens_on_its_host_only(host, address, others):
-    with create(host=host) as group:
-        assert group.host == address
-        assert group.socket.getsockname()[:2] == (address, group.port)
-        assert _connects(address, group.port)
-        assert [_connects(other, group.port) for other in others] == [False] * len(others)
+    reached = []
+    # a stranger may have the same port on another address, but not every time
+    for _ in range(5):
+        with create(host=host) as group:
+            assert group.host == address
+            assert group.socket.getsockname()[:2] == (address, group.port)
+            assert _connects(address, group.port)
+            reached.append([other for other in others if _connects(other, group.port)])
+    assert [] in reached
 
 
 def test_listens_on_an_address_of_localhost():
