@@ -1,10 +1,12 @@
 # make lab        set everything up and open the notebooks
 # make test       set everything up and check everything
+#                 TORCH=2.6.0: with another torch, in an environment of its own
 # make notebooks  execute all notebooks and store them with their outputs
 # make clean      remove what make made
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -33,5 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	    { echo "$(PYTHON) lacks venv. On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing refdist and what it needs into $(VENV): a minute or more, 1.4 GB or more"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[notebooks,dev]'
+	@# each torch asks for a sympy of its own
+	@sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/; /^sympy==/d)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt --editable '.[notebooks,dev]'
 	@touch $(READY)
