@@ -33,9 +33,8 @@ engine
 stage
     One part of a model that is split into a pipeline of layers.
 
-Importing refdist imports torch and the standard library. ``refdist.engines``, ``refdist.figures``
-and the other modules of figures, ``refdist.observer`` and ``refdist.benchmarks`` are imported by
-those who need them.
+Importing refdist imports torch and the standard library. ``refdist.engines``, ``refdist.figures``,
+``refdist.observer`` and ``refdist.benchmarks`` are imported by those who need them.
 """
 
 from importlib.metadata import PackageNotFoundError, version

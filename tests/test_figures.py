@@ -2,7 +2,6 @@
 
 import pytest
 
-from refdist import figures
 from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.fit import Line
 from refdist.benchmarks.ways import WAYS
@@ -17,6 +16,7 @@ from refdist.figures import (
     size_name,
     stages_of_models,
 )
+from refdist.figures.all_reduce import _WAYS
 from refdist.observer import KeyCount
 from refdist.phases import PhaseEvent
 
@@ -114,7 +114,7 @@ def test_every_way_has_a_line_of_its_own():
     }
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines}
     assert len(looks) == 3
-    assert set(figures._WAYS) == set(WAYS)
+    assert set(_WAYS) == set(WAYS)
     with pytest.raises(ValueError, match="timings: is empty"):
         all_reduce_ways([])
 

@@ -213,8 +213,6 @@ INDEPENDENT = {"tensor_parallel", "polling"}
 OUTER = {
     "engines",
     "figures",
-    "partition_figures",
-    "pipeline_figures",
     "benchmarks",
     "exploration",
 }

@@ -5,15 +5,18 @@ import math
 import pytest
 
 from refdist.benchmarks.pipeline import StageTiming
-from refdist.partition_figures import gain_against_room, imbalance_maps, rates, rules_side_by_side
-from refdist.pipeline import DEVICES, MODELS, RULES, Assessment, Serving, best_partition, compare
-from refdist.pipeline.cost import kv_blocks, requests_per_second
-from refdist.pipeline.study import Gain, gain, gains, imbalance, imbalance_map
-from refdist.pipeline_figures import (
+from refdist.figures import (
+    gain_against_room,
+    imbalance_maps,
     memory_of_stages,
     pipeline_timeline,
     predicted_against_measured,
+    rates,
+    rules_side_by_side,
 )
+from refdist.pipeline import DEVICES, MODELS, RULES, Assessment, Serving, best_partition, compare
+from refdist.pipeline.cost import kv_blocks, requests_per_second
+from refdist.pipeline.study import Gain, gain, gains, imbalance, imbalance_map
 
 FP8 = Serving(bytes_per_weight=1)
 

@@ -1,8 +1,4 @@
-"""Figures of pipelines: what fills their stages, and how long those take, predicted and measured.
-
-As in ``refdist.figures``, each function takes plain data and returns one Figure, and no distinction
-is made by colour alone.
-"""
+"""Figures of pipelines: what fills their stages, and how long those take."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,15 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from refdist.benchmarks.pipeline import StageTiming
-from refdist.figures import _DPI, _GREEN, _LABEL, _ORANGE, _SKY, _finished
+from refdist.figures.style import DPI, GREEN, LABEL, ORANGE, SKY, finished
 from refdist.pipeline import Device, Model, Serving
 from refdist.pipeline.cost import room_bytes, weight_bytes_per_stage
 
 _GIB = 2**30
 _PARTS = (
-    ("layers (with their number)", _SKY, ""),
-    ("embedding or head", _ORANGE, "////"),
-    ("key-value cache", _GREEN, "..."),
+    ("layers (with their number)", SKY, ""),
+    ("embedding or head", ORANGE, "////"),
+    ("key-value cache", GREEN, "..."),
 )
 
 
@@ -41,7 +37,7 @@ def memory_of_stages(
         title: the figure's title.
     """
     fig, axes = plt.subplots(
-        1, len(partitions), figsize=(11, 3.8), layout="constrained", dpi=_DPI, sharey=True,
+        1, len(partitions), figsize=(11, 3.8), layout="constrained", dpi=DPI, sharey=True,
         squeeze=False,
     )  # fmt: skip
     room = room_bytes(device, serving) / _GIB
@@ -59,7 +55,7 @@ def memory_of_stages(
                     linewidth=0.5, width=0.8,
                 )  # fmt: skip
                 bottom += height
-            ax.text(number, own / 2, str(len(layers)), ha="center", fontsize=8, bbox=_LABEL)
+            ax.text(number, own / 2, str(len(layers)), ha="center", fontsize=8, bbox=LABEL)
         ax.axhline(room, color="black", linestyle="--", linewidth=1)
         ax.set_title(f"{name}: {blocks:,} blocks", fontsize=10)
         ax.set_xlabel("stage")
@@ -69,7 +65,7 @@ def memory_of_stages(
     handles = [Patch(facecolor=c, hatch=h, edgecolor="black", label=n) for n, c, h in _PARTS]
     line = plt.Line2D([], [], color="black", linestyle="--", linewidth=1, label="room")
     fig.legend(handles=[*handles, line], loc="outside lower center", ncols=4, frameon=False)
-    return _finished(fig)
+    return finished(fig)
 
 
 def predicted_against_measured(
@@ -85,7 +81,7 @@ def predicted_against_measured(
         title: the figure's title.
     """
     fig, axes = plt.subplots(
-        1, len(timings), figsize=(11, 3.8), layout="constrained", dpi=_DPI, sharey=True,
+        1, len(timings), figsize=(11, 3.8), layout="constrained", dpi=DPI, sharey=True,
         squeeze=False,
     )  # fmt: skip
     for ax, (name, stages) in zip(axes.flat, timings.items(), strict=True):
@@ -100,20 +96,20 @@ def predicted_against_measured(
     axes[0, 0].set_ylabel("processor time of a micro-batch (ms)")
     fig.suptitle(title)
     handles = [
-        Patch(facecolor=_SKY, edgecolor="black", label="predicted by roofline"),
-        Patch(facecolor=_ORANGE, hatch="////", edgecolor="black", label="measured, median"),
+        Patch(facecolor=SKY, edgecolor="black", label="predicted by roofline"),
+        Patch(facecolor=ORANGE, hatch="////", edgecolor="black", label="measured, median"),
         plt.Line2D([], [], color="black", linewidth=1.5, label="fastest to slowest run"),
     ]
     fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    return _finished(fig)
+    return finished(fig)
 
 
 def _draw_stage_time(ax: Axes, timing: StageTiming, predicted: float) -> None:
     ax.bar(
-        timing.rank - 0.2, predicted * 1e3, width=0.38, color=_SKY, edgecolor="black", linewidth=0.5
+        timing.rank - 0.2, predicted * 1e3, width=0.38, color=SKY, edgecolor="black", linewidth=0.5
     )
     ax.bar(
-        timing.rank + 0.2, timing.seconds * 1e3, width=0.38, color=_ORANGE, hatch="////",
+        timing.rank + 0.2, timing.seconds * 1e3, width=0.38, color=ORANGE, hatch="////",
         edgecolor="black", linewidth=0.5,
     )  # fmt: skip
     ax.plot(
@@ -125,7 +121,7 @@ def _draw_stage_time(ax: Axes, timing: StageTiming, predicted: float) -> None:
 def pipeline_timeline(timings: Mapping[str, Sequence[StageTiming]], title: str = "") -> Figure:
     """When each stage worked on which micro-batch, as measured; a panel for each rule."""
     fig, axes = plt.subplots(
-        len(timings), 1, figsize=(10, 0.7 + 1.5 * len(timings)), layout="constrained", dpi=_DPI,
+        len(timings), 1, figsize=(10, 0.7 + 1.5 * len(timings)), layout="constrained", dpi=DPI,
         sharex=True, squeeze=False,
     )  # fmt: skip
     for ax, (name, stages) in zip(axes.flat, timings.items(), strict=True):
@@ -134,7 +130,7 @@ def pipeline_timeline(timings: Mapping[str, Sequence[StageTiming]], title: str =
             for number, (start, end) in enumerate(timing.busy):
                 ax.barh(
                     timing.rank, end - start, left=start - origin, height=0.8, edgecolor="black",
-                    linewidth=0.5, color=(_SKY, _ORANGE)[number % 2],
+                    linewidth=0.5, color=(SKY, ORANGE)[number % 2],
                 )  # fmt: skip
                 ax.text(
                     (start + end) / 2 - origin, timing.rank, str(number), ha="center", va="center",
@@ -146,4 +142,4 @@ def pipeline_timeline(timings: Mapping[str, Sequence[StageTiming]], title: str =
         ax.set_ylabel("stage")
     axes.flat[-1].set_xlabel("seconds since the first micro-batch began")
     fig.suptitle(title)
-    return _finished(fig)
+    return finished(fig)

@@ -1,0 +1,39 @@
+"""Figures of plain data: barrier events, schedules, partitions, timings. Each returns one Figure.
+
+Every distinction that is made by a colour is also made by a hatch, a marker or a label.
+"""
+
+from refdist.figures.all_reduce import all_reduce_times, all_reduce_ways, size_name
+from refdist.figures.barriers import barrier_timeline, keys_over_time
+from refdist.figures.partitions import (
+    gain_against_room,
+    imbalance_maps,
+    rates,
+    remainder_map,
+    rules_side_by_side,
+    stages_of_models,
+)
+from refdist.figures.pipelines import (
+    memory_of_stages,
+    pipeline_timeline,
+    predicted_against_measured,
+)
+from refdist.figures.schedules import schedule
+
+__all__ = [
+    "all_reduce_times",
+    "all_reduce_ways",
+    "barrier_timeline",
+    "gain_against_room",
+    "imbalance_maps",
+    "keys_over_time",
+    "memory_of_stages",
+    "pipeline_timeline",
+    "predicted_against_measured",
+    "rates",
+    "remainder_map",
+    "rules_side_by_side",
+    "schedule",
+    "size_name",
+    "stages_of_models",
+]
