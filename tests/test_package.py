@@ -345,7 +345,9 @@ def test_a_package_offers_what_its_modules_define():
 
 EXPLORATION_LAYERS = [
     {"server"},
-    {"rank", "words"},
+    {"session", "words"},
+    {"store"},
+    {"rank"},
     {"machine"},
     {"timeline"},
     {"search"},

@@ -20,7 +20,7 @@ from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 from refdist import create_tcp_store
 from refdist.compat import quiet
 from refdist.exploration.machine import Machine
-from refdist.exploration.rank import TIMED_OUT
+from refdist.exploration.session import TIMED_OUT
 
 CLIENTS, REQUESTS, SECONDS = 3, 40, 20.0
 SHORT, LONG = timedelta(milliseconds=2), timedelta(seconds=SECONDS)

@@ -17,16 +17,7 @@ Steps
 from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
-from refdist.exploration.rank import (
-    ANSWERED,
-    CLOSED,
-    STALLED,
-    TIMED_OUT,
-    Call,
-    Protocol,
-    Reply,
-    run,
-)
+from refdist.exploration.rank import Call, Protocol, run
 from refdist.exploration.server import (
     Client,
     ConnectionClosed,
@@ -34,6 +25,7 @@ from refdist.exploration.server import (
     Server,
     StillWaiting,
 )
+from refdist.exploration.session import ANSWERED, CLOSED, STALLED, TIMED_OUT, Reply
 
 
 class History:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from refdist.exploration.machine import History, Machine, State
-from refdist.exploration.rank import CLOSED, Call, Protocol
+from refdist.exploration.rank import Call, Protocol
 from refdist.exploration.server import Request
+from refdist.exploration.session import CLOSED
 from refdist.exploration.words import Words, answer_in_words, request_in_words
 
 _STEP = re.compile(r"[tx]?\d")
