@@ -102,7 +102,9 @@ def wait_for_keys(store: Store, keys: Sequence[str], deadline: Deadline) -> bool
     """
     if wait_in_slices(lambda seconds: store.wait(list(keys), seconds), deadline):
         return True
-    return store.check(list(keys))
+    # torch 2.6 does not annotate it
+    found: bool = store.check(list(keys))  # type: ignore[attr-defined, unused-ignore]
+    return found
 
 
 def wait_for_value(store: Store, key: str, deadline: Deadline) -> bytes | None:

@@ -135,7 +135,7 @@ def _repeat(call: Callable[[], object], times: int) -> None:
 def _record(call: Callable[[], object], times: int) -> Any:
     call()  # a kernel that is used for the first time is loaded, which cannot be recorded
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call, unused-ignore]  # in torch 2.6
     # NCCL's watchdog thread looks at events meanwhile, which concerns the other threads only
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         _repeat(call, times)
