@@ -191,7 +191,10 @@ def _cut(parts: list[memoryview]) -> Iterator[bytes]:
 
 
 def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) -> list[bytearray]:
-    parts = [bytearray(length) for length in lengths]
+    try:
+        parts = [bytearray(length) for length in lengths]
+    except MemoryError as error:
+        raise MessageError(f"{key}: {sum(lengths)} bytes find no room in memory") from error
     views = [memoryview(part) for part in parts if part]
     left = sum(lengths)
     for chunk_key in chunk_keys(key, lengths):

@@ -14,6 +14,7 @@ What tags do not do
     have arrived. A gather is not passed so, because it needs the tag of every rank on the roll.
 """
 
+import hashlib
 import hmac
 import os
 import struct
@@ -23,6 +24,8 @@ from refdist.errors import AuthenticationError
 TAG_BYTES = 32
 VARIABLE = "REFDIST_SECRET"
 _MARK = b"\x06"  # begins a sealed value, and no other
+_BLOCK_BYTES = 64
+_INNER_PAD, _OUTER_PAD = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
 _LENGTH = struct.Struct("<I")
 
 
@@ -64,15 +67,20 @@ class Seals(NoSeals):
 
     def __init__(self, secret: bytes, purpose: str, *context: bytes) -> None:
         own_key = hmac.digest(secret, _framed(purpose.encode(), *context), "sha256")
-        # what begins every HMAC with this key is computed once
-        self._begun = hmac.new(own_key, digestmod="sha256")
+        # an HMAC is a hash of a hash (RFC 2104), and both begin with the key: a block that is
+        # hashed once here, and not for each tag. The hmac module takes twice as long for a tag.
+        block = own_key.ljust(_BLOCK_BYTES, b"\0")
+        self._inner = hashlib.sha256(block.translate(_INNER_PAD))
+        self._outer = hashlib.sha256(block.translate(_OUTER_PAD))
 
     def tag(self, key: str, payload: bytes) -> bytes:
         """The tag of a payload under a key of the store."""
-        mac = self._begun.copy()
-        mac.update(_framed(key.encode()))
-        mac.update(payload)
-        return mac.digest()
+        name = key.encode()
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(_LENGTH.pack(len(name)) + name)
+        inner.update(payload)
+        outer.update(inner.digest())
+        return outer.digest()
 
     def fits(self, tag: bytes, key: str, payload: bytes) -> bool:
         """Whether this is the tag of a payload under a key of the store."""

@@ -291,7 +291,7 @@ INNER_LAYERS = {
         {"allreduce", "control", "pipeline"},
         {"records", "fit"},
         {"data_plane"},
-        {"small"},
+        {"small", "secret"},
         {"__main__"},
     ],
 }
