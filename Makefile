@@ -1,6 +1,7 @@
 # make lab        set everything up and open the notebooks
 # make test       set everything up and check everything
 #                 TORCH=2.6.0: with another torch, in an environment of its own
+# make fuzz       let a stranger write 100,000 inputs into the stores of live groups: minutes
 # make notebooks  execute all notebooks and store them with their outputs
 # make clean      remove what make made
 
@@ -10,13 +11,16 @@ VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: lab test notebooks format clean
+.PHONY: lab test fuzz notebooks format clean
 
 lab: $(READY)
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_start_here.ipynb
 
 test: $(READY)
 	$(BIN)/python tests/check_all.py
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py
 
 notebooks: $(READY)
 	$(BIN)/python tests/store_notebooks.py

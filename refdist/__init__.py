@@ -28,6 +28,8 @@ gate
     A key at which ranks wait until another rank opens it.
 box
     A key that holds one message for one reader.
+seal
+    A tag on a value, which only who knows the group's secret can make.
 engine
     A process of ipyparallel that runs a notebook's cells. Its id is its rank.
 stage
@@ -40,10 +42,12 @@ Importing refdist imports torch and the standard library. ``refdist.engines``, `
 from importlib.metadata import PackageNotFoundError, version
 
 from refdist.errors import (
+    AuthenticationError,
     BarrierError,
     CollectiveError,
     ConcurrentCallError,
     GroupCreationError,
+    InsecureGroupWarning,
     MessageError,
     MessageExpiredError,
     MessageTimeoutError,
@@ -74,10 +78,12 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 
 __all__ = [
     "USE_SCHED_YIELD",
+    "AuthenticationError",
     "BarrierError",
     "CollectiveError",
     "ConcurrentCallError",
     "GroupCreationError",
+    "InsecureGroupWarning",
     "MessageError",
     "MessageExpiredError",
     "MessageTimeoutError",

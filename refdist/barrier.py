@@ -52,20 +52,27 @@ from refdist.barrier_state import (
     signed_by,
     write_reason,
 )
-from refdist.errors import BarrierError, name_ranks
+from refdist.boxes import Boxes
+from refdist.errors import AuthenticationError, BarrierError, name_ranks
 from refdist.gates import Gates, gates_of
 from refdist.phases import Record, phase
-from refdist.waiting import CancelledWaitError, Deadline, peek, set_several, wait_for_value
+from refdist.seals import NO_SEALS, NoSeals
+from refdist.waiting import CancelledWaitError, Deadline, peek, set_several
 
 _REASON_SECONDS = 1.0  # how long a rank waits to read why a barrier broke
 
 
 class Barrier:
-    """The barriers of one group, one after the other, as one of its ranks sees them."""
+    """The barriers of one group, one after the other, as one of its ranks sees them.
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    Attributes:
+        seals: of what the ranks write about a barrier. Counts have none: ``refdist.seals``.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, seals: NoSeals = NO_SEALS) -> None:
         if world_size > MAX_WORLD_SIZE:
             raise ValueError(f"world_size={world_size}: must be at most {MAX_WORLD_SIZE}")
+        self.seals = seals
         self._store = store
         self._rank = rank
         self._world_size = world_size
@@ -109,6 +116,7 @@ class Barrier:
         value: bytes,
         timeout: float | Deadline,
         record: Record | None = None,
+        each_phase: bool = True,
     ) -> list[bytes]:
         """Pass a barrier, and return the value that each rank brought to it, in rank order.
 
@@ -119,17 +127,20 @@ class Barrier:
             value: at least one byte.
             timeout: as for ``wait``.
             record: as for ``wait``.
+            each_phase: as for ``wait``.
 
         Raises:
             ValueError: the value is empty.
+            AuthenticationError: someone else has written on the roll.
             MessageError: not every rank brought one value.
             BarrierError, CancelledWaitError, torch.distributed.DistError: as ``wait``.
         """
         if not value:
             raise ValueError(f"value={value!r}: must have at least one byte")
         generation = self._generation
-        roll = self._meet(timeout, record, True, value)
-        return read_roll(roll or b"", generation, self._world_size)
+        roll_key = self._slots[self._in_epoch % keys.SLOTS].roll
+        roll = self._meet(timeout, record, each_phase, value)
+        return read_roll(roll or b"", generation, self._world_size, self.seals, roll_key)
 
     def _meet(
         self,
@@ -147,7 +158,7 @@ class Barrier:
         roll: bytes | None = None
 
         with phase("arrival", self._rank, generation, record):
-            signature = sign(generation, self._rank, value or b"")
+            signature = sign(generation, self._rank, value or b"", self.seals, slot.roll)
             self._store.append(slot.roll, signature)  # type: ignore[attr-defined]
             give_up, mark = None, State.mark(self._rank)
             try:
@@ -171,8 +182,7 @@ class Barrier:
             self._end_epoch()
             if cancelled is not None:
                 raise cancelled
-            why = wait_for_value(self._store, reason, Deadline(_REASON_SECONDS))
-            raise read_reason(why, generation, self._world_size)
+            raise self._reason(reason, generation)
         with phase("departure", self._rank, generation, record):
             if each_phase:
                 deadline.restart()
@@ -226,12 +236,28 @@ class Barrier:
             # someone fell asleep meanwhile, which each rank does once
             found = answer
         # this rank alone comes here
-        here = signed_by(peek(self._store, slot.roll) or b"", generation)
+        roll = peek(self._store, slot.roll) or b""
+        here = signed_by(roll, generation, self.seals, slot.roll)
         missing = [r for r in range(self._world_size) if r not in here]
         why = write_reason(self._rank, reason, missing, elapsed, deadline.allowed)
-        self._store.set(keys.reason(self._epoch), why)
+        self._boxes().put(keys.reason(self._epoch), why.encode())
         self._gates.open(slot.wake)
         self._gates.open(slot.arrived)
+
+    def _reason(self, key: str, generation: int) -> BarrierError:
+        """Why a barrier broke. The one who broke it may be just about to write that."""
+        try:
+            why = self._boxes().wait(key, Deadline(_REASON_SECONDS))
+        except AuthenticationError as error:
+            return BarrierError(
+                f"barrier {generation} was broken, and why cannot be trusted: {error}",
+                phase="arrival",
+                generation=generation,
+            )
+        return read_reason(why, generation, self._world_size)
+
+    def _boxes(self) -> Boxes:
+        return Boxes(self._store, self.seals)
 
     def _depart(
         self,
@@ -277,8 +303,9 @@ class Barrier:
             missing = [sum(range(self._world_size)) - state.left_sum]
         else:
             # a rank that has arrived at the next barrier has left this one
-            roll = peek(self._store, self._slots[self._in_epoch % keys.SLOTS].roll)
-            arrived = signed_by(roll or b"", generation + 1)
+            roll_key = self._slots[self._in_epoch % keys.SLOTS].roll
+            roll = peek(self._store, roll_key) or b""
+            arrived = signed_by(roll, generation + 1, self.seals, roll_key)
             missing = [r for r in range(1, self._world_size) if r not in arrived]
         some_of = "" if count >= len(missing) else f"{count} of "
         raise BarrierError(

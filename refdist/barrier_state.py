@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from refdist.errors import BarrierError, MessageError, name_ranks
+from refdist.errors import AuthenticationError, BarrierError, MessageError, name_ranks
+from refdist.seals import NO_SEALS, NoSeals
 
 LEFT, LEFT_SUM, WOKEN, ASLEEP, BROKEN = 1, 1 << 16, 1 << 47, 1 << 48, -(1 << 63)
 MAX_WORLD_SIZE = 1 << 14
@@ -106,7 +107,7 @@ def read_reason(written: bytes | None, generation: int, world_size: int) -> Barr
             broken_by=by,
             generation=generation,
         )
-    except (ValueError, TypeError, KeyError, OverflowError, OSError):
+    except (ValueError, TypeError, KeyError, OverflowError, OSError, RecursionError):
         return BarrierError(
             f"barrier {generation} was broken for a reason that no rank of refdist writes: "
             f"{written[:80]!r}",
@@ -115,24 +116,44 @@ def read_reason(written: bytes | None, generation: int, world_size: int) -> Barr
         )
 
 
-def sign(generation: int, rank: int, value: bytes) -> bytes:
-    """What a rank appends to the roll: that it has arrived, and what it brings to a gather."""
-    return _SIGNATURE.pack(generation, rank, len(value)) + value
+def sign(
+    generation: int, rank: int, value: bytes, seals: NoSeals = NO_SEALS, key: str = ""
+) -> bytes:
+    """What a rank appends to the roll: that it has arrived, and what it brings to a gather.
+
+    Args:
+        generation: of the barrier.
+        rank: who signs.
+        value: what it brings; empty to a barrier.
+        seals: of the group.
+        key: of the roll.
+    """
+    signature = _SIGNATURE.pack(generation, rank, len(value)) + value
+    return signature + seals.tag(key, signature)
 
 
-def signed_by(roll: bytes, generation: int) -> set[int]:
-    """The ranks that have signed a roll, as far as it can be read."""
-    values, _ = _parse(roll, generation)
+def signed_by(roll: bytes, generation: int, seals: NoSeals = NO_SEALS, key: str = "") -> set[int]:
+    """The ranks that have signed a roll, as far as it can be read and its tags are right."""
+    values, _ = _parse(roll, generation, seals, key)
     return set(values)
 
 
-def read_roll(roll: bytes, generation: int, world_size: int) -> list[bytes]:
+def read_roll(
+    roll: bytes, generation: int, world_size: int, seals: NoSeals = NO_SEALS, key: str = ""
+) -> list[bytes]:
     """The values of all ranks, in rank order.
 
     Raises:
+        AuthenticationError: there is something that no rank of this group has signed.
         MessageError: not every rank brought a value, or there is something else.
     """
-    values, rest = _parse(roll, generation)
+    values, rest = _parse(roll, generation, seals, key)
+    if rest and seals.tag_bytes:
+        raise AuthenticationError(
+            f"{key}: the last {len(rest)} bytes on the roll of gather {generation} carry no right "
+            f"tag: forged, altered, cut off, or copied from another round or group; they were not "
+            f"looked at"
+        )
     if rest or any(rank >= world_size for rank in values):
         raise MessageError(
             f"gather {generation}: the roll ends in {roll[-40:]!r}, which no rank of refdist writes"
@@ -146,15 +167,21 @@ def read_roll(roll: bytes, generation: int, world_size: int) -> list[bytes]:
     return [values[rank] for rank in range(world_size)]
 
 
-def _parse(roll: bytes, generation: int) -> tuple[dict[int, bytes], bytes]:
+def _parse(
+    roll: bytes, generation: int, seals: NoSeals, key: str
+) -> tuple[dict[int, bytes], bytes]:
     """The value of each rank, and what comes after the last signature that makes sense."""
     values: dict[int, bytes] = {}
     offset = 0
     while offset + _SIGNATURE.size <= len(roll):
         number, rank, length = _SIGNATURE.unpack_from(roll, offset)
         start = offset + _SIGNATURE.size
-        if number != generation or rank in values or start + length > len(roll):
+        end = start + length
+        after = end + seals.tag_bytes
+        if number != generation or rank in values or after > len(roll):
             break
-        offset = start + length
-        values[rank] = roll[start:offset]
+        if not seals.fits(roll[end:after], key, roll[offset:end]):
+            break
+        values[rank] = roll[start:end]
+        offset = after
     return values, roll[offset:]

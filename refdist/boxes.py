@@ -10,33 +10,57 @@ ends whatever the client waits for then, be it a barrier.
 
 from torch.distributed import Store
 
-from refdist.waiting import Deadline, wait_for_value
+from refdist.seals import NO_SEALS, NoSeals
+from refdist.waiting import Deadline, peek, wait_for_value
 
 
-def put(store: Store, key: str, value: bytes) -> None:
-    """Put a value into a box. One request, without an answer."""
-    store.set(key, value)  # type: ignore[arg-type]  # it takes bytes; its annotation says str
+class Boxes:
+    """The boxes of a store. What is in them is sealed, in a group that has a secret.
 
-
-def take(store: Store, key: str, deadline: Deadline) -> bytes | None:
-    """Wait for a value, and take it out. None when the deadline came first.
-
-    One request a slice, and two more.
+    What reads raises AuthenticationError for a value that has no such seal.
     """
-    while (value := wait_for_value(store, key, deadline)) is not None:
-        # if the writer was faster, it is about to put something else there
-        if store.delete_key(key):
-            return value
-    return None
 
+    def __init__(self, store: Store, seals: NoSeals = NO_SEALS) -> None:
+        self._store = store
+        self._seals = seals
 
-def replace(store: Store, key: str, value: bytes) -> bool:
-    """Put a value in the place of one that nobody has taken. Whether there was one. Two requests.
+    def put(self, key: str, value: bytes) -> None:
+        """Put a value into a box. One request, without an answer."""
+        sealed = self._seals.seal(key, value)
+        self._store.set(key, sealed)  # type: ignore[arg-type]  # takes bytes; annotated as str
 
-    A reader that is just about to take the first value may get it all the same. Then it takes the
-    second one out with it.
-    """
-    if not store.delete_key(key):
-        return False
-    put(store, key, value)
-    return True
+    def take(self, key: str, deadline: Deadline) -> bytes | None:
+        """Wait for a value, and take it out. None when the deadline came first.
+
+        One request a slice, and two more. What is refused is taken out too.
+        """
+        while (value := wait_for_value(self._store, key, deadline)) is not None:
+            # if the writer was faster, it is about to put something else there
+            if self._store.delete_key(key):
+                return self._seals.unseal(key, value)
+        return None
+
+    def replace(self, key: str, value: bytes) -> bool:
+        """Put a value in the place of one that nobody has taken. Whether there was one.
+
+        A reader that is just about to take the first value may get it all the same. Then it takes
+        the second one out with it. Two requests.
+        """
+        if not self._store.delete_key(key):
+            return False
+        self.put(key, value)
+        return True
+
+    def look(self, key: str) -> bytes | None:
+        """What is in a box, or None. One request, which does not wait."""
+        value = peek(self._store, key)
+        return None if value is None else self._seals.unseal(key, value)
+
+    def wait(self, key: str, deadline: Deadline) -> bytes | None:
+        """Wait for a value, and leave it there. None when the deadline came first."""
+        value = wait_for_value(self._store, key, deadline)
+        return None if value is None else self._seals.unseal(key, value)
+
+    def empty(self, key: str) -> bool:
+        """Delete a key. Whether it was there. One request."""
+        return self._store.delete_key(key)

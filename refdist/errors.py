@@ -47,6 +47,10 @@ class ConcurrentCallError(RuntimeError):
     """A group was used by two threads at once. What the first of them does goes on."""
 
 
+class InsecureGroupWarning(UserWarning):
+    """A group without a secret listens where other machines may reach it."""
+
+
 class GroupCreationError(RuntimeError):
     """A group was not formed. ``missing`` holds the ranks that did not come in time."""
 
@@ -126,6 +130,13 @@ class BarrierError(RuntimeError):
 
 class MessageError(RuntimeError):
     """A message arrived that cannot be used: not in the format of refdist, or not an object."""
+
+
+class AuthenticationError(MessageError):
+    """A value in the store is not from a rank of this group, which has a secret. It was not used.
+
+    The text names the key, and why the value was refused.
+    """
 
 
 class MessageTimeoutError(MessageError):

@@ -11,6 +11,7 @@ from torch.distributed import Store
 
 from refdist import keys, messages
 from refdist.barrier import Barrier
+from refdist.boxes import Boxes
 from refdist.errors import MessageError
 from refdist.phases import Record
 from refdist.waiting import CancelledWaitError, Deadline
@@ -27,7 +28,7 @@ class Gathering:
     """The gathers of one group, one after the other, as one of its ranks sees them."""
 
     def __init__(self, store: Store, rank: int, barrier: Barrier) -> None:
-        self._store = store
+        self._boxes = Boxes(store, barrier.seals)
         self._rank = rank
         self._barrier = barrier
         self._written: list[str] = []  # chunks, to delete when everyone has read them
@@ -56,7 +57,7 @@ class Gathering:
             own_key = keys.gathered_value(self._rank, number)
             self._written += messages.chunk_keys(own_key, messages.lengths_of(value))
             with suppress(CancelledWaitError):  # which the barrier raises too, and so breaks
-                messages.write_chunks(self._store, own_key, encoded, deadline)
+                messages.write_chunks(self._boxes, own_key, encoded, deadline)
         values = self._barrier.gather(value, deadline, record)
         found = [
             obj if rank == self._rank else self._read(rank, number, theirs, deadline)
@@ -67,13 +68,13 @@ class Gathering:
             deadline.restart()
             self._barrier.wait(deadline, record)
         for key in self._written:
-            self._store.delete_key(key)
+            self._boxes.empty(key)
         self._written.clear()
         return found
 
     def _read(self, rank: int, number: int, value: bytes, deadline: Deadline) -> Any | Unusable:
         try:
             key = keys.gathered_value(rank, number)
-            return messages.read(self._store, key, value, deadline)
+            return messages.read(self._boxes, key, value, deadline)
         except MessageError as error:
             return Unusable(error)

@@ -25,6 +25,11 @@ def told(rank: int) -> str:
     return f"told/{rank}"
 
 
+def refused(rank: int) -> str:
+    """Who came as this rank has another secret than rank 0. Written by it; goes with the store."""
+    return f"refused/{rank}"
+
+
 SLOTS = 3
 """Barriers use this many sets of keys in turn. ``refdist.barrier`` says why three are enough."""
 

@@ -12,19 +12,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.distributed import Store
-
-from refdist import boxes, keys, messages
-from refdist.errors import MessageError, MessageExpiredError, MessageTimeoutError
+from refdist import keys, messages
+from refdist.boxes import Boxes
+from refdist.errors import (
+    AuthenticationError,
+    MessageError,
+    MessageExpiredError,
+    MessageTimeoutError,
+)
 from refdist.waiting import CancelledWaitError, Deadline
 
 
 class Mailbox:
     """The messages and broadcasts of one rank."""
 
-    def __init__(self, store: Store, rank: int, entries: deque[tuple[str, float]]) -> None:
+    def __init__(self, boxes: Boxes, rank: int, entries: deque[tuple[str, float]]) -> None:
         """``entries`` gets a key and the time, monotonic, of all that is sent."""
-        self._store = store
+        self._boxes = boxes
         self._rank = rank
         self._entries = entries
         self._half_read: dict[str, bytes] = {}  # taken out, but the chunks are still to be read
@@ -47,8 +51,8 @@ class Mailbox:
         else:
             self._entries.extend((copy, now) for copy in copies)
         for copy in copies:
-            boxes.put(self._store, copy, encoded.value)
-        messages.write_chunks(self._store, key, encoded, deadline)
+            self._boxes.put(copy, encoded.value)
+        messages.write_chunks(self._boxes, key, encoded, deadline)
 
     def receive(
         self,
@@ -60,16 +64,22 @@ class Mailbox:
     ) -> Any:
         """Take the next object of ``src`` out of its box; the chunks of a large one are under key.
 
-        ``consume`` gets what was in the box, or None if that has expired, once it is of no more
-        use. A timeout or an interrupt in the chunks leaves it for the next call.
+        ``consume`` gets what was in the box, or None if that has expired, or nothing if that was
+        refused, once it is of no more use. A timeout or an interrupt in the chunks leaves it for
+        the next call.
 
         Raises:
             MessageTimeoutError: it did not come in time, or not all of it.
             MessageExpiredError: it expired before this call.
+            AuthenticationError: it is not from ``src``.
             MessageError: it is no object.
             CancelledWaitError: the deadline was cancelled.
         """
-        value = self._half_read.pop(box, None) or boxes.take(self._store, box, deadline)
+        try:
+            value = self._half_read.pop(box, None) or self._boxes.take(box, deadline)
+        except AuthenticationError:
+            consume(b"")
+            raise
         if value is None:
             raise MessageTimeoutError(
                 f"{box}: rank {self._rank} waited in vain for this from rank {src}: "
@@ -77,7 +87,7 @@ class Mailbox:
                 [src],
             )
         try:
-            obj = messages.read(self._store, key, value, deadline)
+            obj = messages.read(self._boxes, key, value, deadline)
         except CancelledWaitError:
             self._half_read[box] = value
             raise
@@ -94,7 +104,7 @@ class Mailbox:
     def delete(self, some_keys: Sequence[str]) -> None:
         """Delete keys, each in one request."""
         for key in some_keys:
-            self._store.delete_key(key)
+            self._boxes.empty(key)
 
     def expire(self, seconds: float) -> None:
         """Expire what was sent more than ``seconds`` ago and is unread."""
@@ -104,18 +114,18 @@ class Mailbox:
             if key in self._large:
                 self._expire_large(key, *self._large.pop(key), seconds)
             else:
-                boxes.replace(self._store, key, messages.expired(seconds))
+                self._boxes.replace(key, messages.expired(seconds))
 
     def _expire_large(
         self, key: str, copies: list[str], chunk_keys: list[str], seconds: float
     ) -> None:
         for copy in copies:
-            boxes.replace(self._store, copy, messages.expired(seconds))
+            self._boxes.replace(copy, messages.expired(seconds))
         if copies != [key]:
             # a broadcast
             number = int(key.rpartition("/")[2])
-            self._store.delete_key(keys.broadcast_readers(self._rank, number))
-        there = [self._store.delete_key(chunk_key) for chunk_key in chunk_keys]
+            self._boxes.empty(keys.broadcast_readers(self._rank, number))
+        there = [self._boxes.empty(chunk_key) for chunk_key in chunk_keys]
         if any(there):
             # someone may be reading them
-            messages.write_expired(self._store, key, seconds)
+            messages.write_expired(self._boxes, key, seconds)

@@ -20,12 +20,11 @@ from io import BytesIO
 from typing import Any
 
 import torch
-from torch.distributed import Store
 
 from refdist import keys
-from refdist.boxes import put
+from refdist.boxes import Boxes
 from refdist.errors import MessageError, MessageExpiredError, MessageTimeoutError
-from refdist.waiting import SLICE_SECONDS, CancelledWaitError, Deadline, peek, wait_for_value
+from refdist.waiting import SLICE_SECONDS, CancelledWaitError, Deadline
 
 CHUNK_BYTES = 256 * 2**10
 """The most that is written under one key."""
@@ -91,7 +90,7 @@ def chunk_keys(key: str, lengths: list[int]) -> list[str]:
     return [keys.chunk(key, index) for index in range(_count_chunks(lengths))]
 
 
-def write_chunks(store: Store, key: str, encoded: Encoded, deadline: Deadline) -> None:
+def write_chunks(boxes: Boxes, key: str, encoded: Encoded, deadline: Deadline) -> None:
     """Write the chunks of an encoded object under ``key``, if it takes any.
 
     Raises:
@@ -101,9 +100,9 @@ def write_chunks(store: Store, key: str, encoded: Encoded, deadline: Deadline) -
         try:
             deadline.slice()
         except CancelledWaitError as error:
-            put(store, keys.chunk(key, index), failure(f"its writer stopped, because of {error}"))
+            boxes.put(keys.chunk(key, index), failure(f"its writer stopped, because of {error}"))
             raise
-        put(store, keys.chunk(key, index), chunk)
+        boxes.put(keys.chunk(key, index), chunk)
         deadline.store_answers()
 
 
@@ -117,9 +116,9 @@ def expired(seconds: float) -> bytes:
     return _EXPIRED + f"expired unread after {seconds:g} s".encode()
 
 
-def write_expired(store: Store, key: str, seconds: float) -> None:
+def write_expired(boxes: Boxes, key: str, seconds: float) -> None:
     """Tell who has begun to read the chunks under ``key`` that the rest has expired."""
-    put(store, keys.expired(key), _number_of(key).encode() + b":" + expired(seconds))
+    boxes.put(keys.expired(key), _number_of(key).encode() + b":" + expired(seconds))
 
 
 def lengths_of(value: bytes) -> list[int]:
@@ -133,12 +132,13 @@ def lengths_of(value: bytes) -> list[int]:
     return lengths if sum(lengths) <= MAX_BYTES else []
 
 
-def read(store: Store, key: str, value: bytes, deadline: Deadline) -> Any:
+def read(boxes: Boxes, key: str, value: bytes, deadline: Deadline) -> Any:
     """The object that ``value`` stands for; the chunks of a large one are under ``key``.
 
     Raises:
         MessageExpiredError: it expired before it was read.
         MessageTimeoutError: its writer stopped in the middle of it.
+        AuthenticationError: a chunk is not from its writer.
         MessageError: the value is no object, or what wrote it had none to give.
     """
     if value[:1] == _OBJECT:
@@ -146,7 +146,7 @@ def read(store: Store, key: str, value: bytes, deadline: Deadline) -> Any:
     lengths = lengths_of(value)
     if not lengths:
         _raise_for(key, value, _OBJECT)
-    payload, *parts = _read_parts(store, key, lengths, deadline)
+    payload, *parts = _read_parts(boxes, key, lengths, deadline)
     return _unpickle(key, payload, parts)
 
 
@@ -190,12 +190,15 @@ def _cut(parts: list[memoryview]) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
-def _read_parts(store: Store, key: str, lengths: list[int], deadline: Deadline) -> list[bytearray]:
-    parts = [bytearray(length) for length in lengths]
+def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) -> list[bytearray]:
+    try:
+        parts = [bytearray(length) for length in lengths]
+    except MemoryError as error:
+        raise MessageError(f"{key}: {sum(lengths)} bytes find no room in memory") from error
     views = [memoryview(part) for part in parts if part]
     left = sum(lengths)
     for chunk_key in chunk_keys(key, lengths):
-        chunk = _read_chunk(store, key, chunk_key, deadline)
+        chunk = _read_chunk(boxes, key, chunk_key, deadline)
         if len(chunk) != min(left, CHUNK_BYTES):
             raise MessageError(f"{chunk_key}: holds {len(chunk)} bytes, not as many as it should")
         left -= len(chunk)
@@ -208,16 +211,16 @@ def _read_parts(store: Store, key: str, lengths: list[int], deadline: Deadline) 
     return parts
 
 
-def _read_chunk(store: Store, key: str, chunk_key: str, deadline: Deadline) -> memoryview:
+def _read_chunk(boxes: Boxes, key: str, chunk_key: str, deadline: Deadline) -> memoryview:
     deadline.slice()
-    while (value := peek(store, chunk_key)) is None:
+    while (value := boxes.look(chunk_key)) is None:
         # it is still being written, or it has expired
-        number, _, note = (peek(store, keys.expired(key)) or b"").partition(b":")
+        number, _, note = (boxes.look(keys.expired(key)) or b"").partition(b":")
         if number.isdigit() and int(number) >= int(_number_of(key)):
             _raise_for(key, note, _CHUNK)
         deadline.slice()
         moment = Deadline(min(deadline.remaining(), SLICE_SECONDS))
-        value = wait_for_value(store, chunk_key, moment)
+        value = boxes.wait(chunk_key, moment)
         if value is not None:
             break
         if deadline.remaining() == 0:

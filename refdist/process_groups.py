@@ -134,6 +134,10 @@ def stateless_init_torch_distributed_process_group(
     them all by rank in the group, on every torch: ``collectives.broadcast(tensor, 0, group)``. It
     also says which of torch's own take ``group_src`` or ``group_dst`` on which torch.
 
+    A secret of ``StatelessProcessGroup.create``, or in REFDIST_SECRET, does not cover these groups.
+    Gloo and NCCL trade addresses through the store and tensors over connections of their own, and
+    check neither: they need a network that you trust.
+
     Args:
         host: where rank 0 listens, and nowhere else: a name, an IPv4 or an IPv6 address.
         port: where rank 0 listens. For a free one, bind a socket to port 0, tell the other ranks

@@ -1,39 +1,41 @@
-"""How ranks meet: rank 0 opens a store, everyone joins it, and a barrier says who came."""
+"""How ranks meet: rank 0 opens a store, everyone joins it, and a barrier says who came.
 
-import json
+With a secret, that barrier is a gather. Each rank brings a token, which is random, under seals that
+only this creation has; and the seals of the group come from the secret and all tokens. So what an
+earlier group of the same ranks wrote is refused, whatever was the same: secret, port, and keys.
+"""
+
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
 
-import torch
 from torch.distributed import DistError, Store, TCPStore
 
 from refdist import keys
 from refdist.barrier import Barrier
 from refdist.calls import Calls
 from refdist.checks import check_rank
-from refdist.compat import has_store_barrier, quiet
+from refdist.compat import quiet
 from refdist.errors import (
+    AuthenticationError,
     BarrierError,
     GroupCreationError,
+    MessageError,
     StoreConnectionError,
     letting_go,
     name_ranks,
 )
+from refdist.members import GONE, LeftoverStoreError, refused, register
+from refdist.seals import Seals
 from refdist.store import close_quietly, connect, listen, serve
-from refdist.waiting import Deadline, decide, peek, wait_for_keys, wait_for_value
+from refdist.waiting import Deadline, peek, wait_for_keys
 
-_GONE = b"gone"
 _GRACE_SECONDS = 1.0
 _RETRY_SECONDS = 0.05
-
-
-class _LeftoverStoreError(Exception):
-    """The store belongs to a group that is ending; that of the new group is still to come."""
+_TOKEN_BYTES = 32
 
 
 @contextmanager
@@ -57,6 +59,7 @@ def meet(
     world_size: int,
     timeout: float,
     listener: socket.socket | None,
+    secret: bytes | None = None,
 ) -> tuple[TCPStore, Barrier, Calls]:
     """Open the store on rank 0, connect to it on the others, and wait until all ranks have.
 
@@ -67,7 +70,8 @@ def meet(
         ValueError: an argument is out of its range, the rank is taken, or rank 0 was given
             another world size.
         OSError: the host does not resolve.
-        GroupCreationError: a rank did not come within ``timeout`` seconds.
+        GroupCreationError: a rank did not come within ``timeout`` seconds; or at once, on another
+            rank than 0 which has another secret.
         StoreConnectionError: on another rank than 0, when rank 0 did not come in time.
     """
     check_rank(rank, world_size)
@@ -77,7 +81,7 @@ def meet(
     calls = Calls()
 
     def attempt() -> tuple[TCPStore, Barrier]:
-        return _meet(host, port, rank, world_size, deadline, listener, calls)
+        return _meet(host, port, rank, world_size, deadline, listener, calls, secret)
 
     return *calls.run("create", attempt, deadline), calls
 
@@ -90,6 +94,7 @@ def _meet(
     deadline: Deadline,
     listener: socket.socket | None,
     calls: Calls,
+    secret: bytes | None,
 ) -> tuple[TCPStore, Barrier]:
     timeout = timedelta(seconds=deadline.allowed)
     while True:
@@ -103,8 +108,8 @@ def _meet(
             calls.watch(store)
             try:
                 where = f"{host}:{store.port}"
-                return store, join(store, rank, world_size, deadline, where)
-            except (StoreConnectionError, _LeftoverStoreError) as error:
+                return store, join(store, rank, world_size, deadline, where, secret)
+            except (StoreConnectionError, LeftoverStoreError) as error:
                 if deadline.given_up:
                     raise
                 if rank == 0 or deadline.remaining() == 0:
@@ -114,14 +119,26 @@ def _meet(
         time.sleep(_RETRY_SECONDS)
 
 
-def join(store: Store, rank: int, world_size: int, deadline: Deadline, where: str) -> Barrier:
+def join(
+    store: Store,
+    rank: int,
+    world_size: int,
+    deadline: Deadline,
+    where: str,
+    secret: bytes | None = None,
+) -> Barrier:
     """Meet the other ranks on an open store. See ``meet``."""
     try:
-        _register(store, rank, world_size, deadline, where)
+        rank_0 = register(store, rank, world_size, deadline, where, secret)
         barrier = Barrier(store, rank, world_size)
-        barrier.wait(deadline, each_phase=False)
+        if secret is None:
+            barrier.wait(deadline, each_phase=False)
+        else:
+            _meet_in_secret(barrier, rank, deadline, secret, rank_0)
         return barrier
     except BarrierError as error:
+        # asked before rank 0, which waits for the others to read, ends the store
+        other_secret = refused(store, error.missing)
         with suppress(DistError):
             _let_others_read(store, rank, world_size, error)
         if error.completed:
@@ -130,8 +147,12 @@ def join(store: Store, rank: int, world_size: int, deadline: Deadline, where: st
         came = world_size - len(error.missing)
         raise GroupCreationError(
             f"{came} of {world_size} ranks came to {where} within {deadline.allowed:g} s; "
-            f"missing: {name_ranks(error.missing)} ({error})",
+            f"missing: {name_ranks(error.missing)} ({error}){other_secret}",
             error.missing,
+        ) from error
+    except MessageError as error:
+        raise GroupCreationError(
+            f"all ranks came to {where}, but someone else writes to the store: {error}"
         ) from error
     except DistError as error:
         raise StoreConnectionError(f"the store on {where} ended: {error}") from error
@@ -147,7 +168,7 @@ def leave(store: Store, rank: int, world_size: int, deadline: Deadline) -> None:
     if rank != 0:
         # where the store is gone already, nobody waits for this
         with suppress(DistError):
-            store.set(keys.member(rank), _GONE.decode())
+            store.set(keys.member(rank), GONE.decode())
             if store.add(keys.gone(), 1) == world_size - 1:
                 store.set(keys.all_gone(), "")
         return
@@ -157,7 +178,7 @@ def leave(store: Store, rank: int, world_size: int, deadline: Deadline) -> None:
         or wait_for_keys(store, [keys.all_gone()], deadline)
     ):
         return
-    missing = [r for r in range(1, world_size) if peek(store, keys.member(r)) != _GONE]
+    missing = [r for r in range(1, world_size) if peek(store, keys.member(r)) != GONE]
     raise BarrierError(
         f"rank 0 closed the group, but waited in vain for {name_ranks(missing)} to close it: "
         f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
@@ -170,61 +191,23 @@ def leave(store: Store, rank: int, world_size: int, deadline: Deadline) -> None:
     )
 
 
-def _register(store: Store, rank: int, world_size: int, deadline: Deadline, where: str) -> None:
-    """Take a rank that nobody else has, in a group of the size that rank 0 knows."""
-    process = {"host": socket.gethostname(), "pid": os.getpid()}
-    me = process | {
-        "world_size": world_size,
-        "store_barrier": has_store_barrier(store),
-        "torch": str(torch.__version__),
-        "token": os.urandom(8).hex(),
-    }
-    proposal = json.dumps(me).encode()
-    # a rank with another world size must not take the place of the right one
-    if rank != 0:
-        _check_rank_0(store, me, deadline, where)
-    holder = decide(store, keys.member(rank), proposal)
-    if holder == _GONE:
-        raise _LeftoverStoreError(f"the group on {where} is ending")
-    if holder != proposal:
-        other = _read_member(holder, rank, where)
-        taken = f"is taken on {where} by process {other.get('pid')} of {other.get('host')}"
-        if process.items() <= other.items():
-            # this process was that rank before; a group of its own is no rival of the next one
-            raise _LeftoverStoreError(f"rank={rank}: {taken}, which is this one")
-        raise ValueError(f"rank={rank}: {taken}; each rank of a group is one process")
+def _meet_in_secret(
+    barrier: Barrier, rank: int, deadline: Deadline, secret: bytes, rank_0: bytes
+) -> None:
+    """Pass the first barrier, and agree on the seals of the group. See above.
 
-
-def _check_rank_0(store: Store, me: dict[str, Any], deadline: Deadline, where: str) -> None:
-    """Refuse to join a group whose rank 0 has another one in mind."""
-    written = wait_for_value(store, keys.member(0), deadline)
-    if written is None:
-        raise GroupCreationError(
-            f"rank 0 did not come to {where} within {deadline.allowed:g} s", missing=[0]
+    Raises:
+        MessageError: someone without the secret interferes.
+    """
+    token = os.urandom(_TOKEN_BYTES)
+    barrier.seals = Seals(secret, "creation", rank_0)
+    tokens = barrier.gather(token, deadline, each_phase=False)
+    # the roll of an earlier group holds right tags, if someone plays all of it again
+    if tokens[rank] != token:
+        raise AuthenticationError(
+            f"rank {rank} is on the roll with what it wrote for another group"
         )
-    if written == _GONE:
-        raise _LeftoverStoreError(f"the group on {where} is ending")
-    rank_0 = _read_member(written, 0, where)
-    world_size = me["world_size"]
-    if rank_0.get("world_size") != world_size:
-        raise ValueError(
-            f"world_size={world_size}: rank 0 formed the group on {where} with "
-            f"{rank_0.get('world_size')}"
-        )
-    if rank_0.get("store_barrier") != me["store_barrier"]:
-        raise ValueError(
-            f"torch {me['torch']}: rank 0 on {where} has torch {rank_0.get('torch')}, and only "
-            f"one of them has Store.barrier; all ranks must have it, or none"
-        )
-
-
-def _read_member(written: bytes, rank: int, where: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(written))
-    except (ValueError, TypeError) as error:
-        raise GroupCreationError(
-            f"rank {rank} on {where} is held by {written[:40]!r}, which no rank of refdist writes"
-        ) from error
+    barrier.seals = Seals(secret, "group", *tokens)
 
 
 def _let_others_read(store: Store, rank: int, world_size: int, error: BarrierError) -> None:

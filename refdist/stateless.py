@@ -1,6 +1,8 @@
 """A group of processes that exchange small objects, without any global state."""
 
+import ipaddress
 import socket as sockets
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -15,11 +17,13 @@ from torch.distributed import DistError, ReduceOp, Store, TCPStore
 
 from refdist import keys, messages
 from refdist.barrier import Barrier
+from refdist.boxes import Boxes
 from refdist.calls import Calls
 from refdist.checks import check_integer, check_rank, check_seconds
 from refdist.compat import tcp_store_of
 from refdist.errors import (
     BarrierError,
+    InsecureGroupWarning,
     MessageTimeoutError,
     StoreConnectionError,
     letting_go,
@@ -28,6 +32,7 @@ from refdist.gathering import Gathering, Unusable
 from refdist.mailbox import Mailbox
 from refdist.phases import PhaseEvent
 from refdist.rendezvous import leave, listening, meet
+from refdist.seals import VARIABLE, secret_from
 from refdist.tensors import check_cpu, check_like, fill, own_copy, reduction
 from refdist.waiting import Deadline
 
@@ -54,8 +59,13 @@ class StatelessProcessGroup:
     process of rank 0 is stopped or out of reach. The group is lost then on this rank, and what the
     method began may still take place when rank 0 goes on.
 
-    Objects travel as pickles: whoever can write to the store can run code on every rank, so let it
-    listen only where you trust the network.
+    Objects travel as pickles, so who can forge one can run code on every rank. With ``secret`` in
+    ``create``, values carry tags, and what no rank of the group wrote is refused with an
+    AuthenticationError before it is unpickled; the next call goes on with the next object. Without
+    it, whoever can reach the port can forge, so let the store listen only where you trust the
+    network. ``refdist.seals`` says what tags do not do: who can reach the port can still read
+    what is sent, delete it, and change the counts of barriers, so that these fail or end early.
+    Where that has put ranks out of step, form a new group.
 
     Attributes:
         rank: this process, 0 to ``world_size - 1``.
@@ -96,14 +106,16 @@ class StatelessProcessGroup:
         ):
             for rank in range(self.world_size):
                 counter.setdefault(rank, 0)
-        self._barrier = Barrier(self.store, self.rank, self.world_size)
-        self._calls = Calls(self.store)
-        self._mailbox = Mailbox(self.store, self.rank, self.entries)
-        self._gathering = Gathering(self.store, self.rank, self._barrier)
+        self._use(Barrier(self.store, self.rank, self.world_size), Calls(self.store))
         self._unclaimed: dict[Any, Any] = {}  # received as the receiver was interrupted
         self._closed = False
         # a socket that was passed in stays its owner's
         self._release_socket: Callable[[], object] = lambda: None
+
+    def _use(self, barrier: Barrier, calls: Calls) -> None:
+        self._barrier, self._calls = barrier, calls
+        self._mailbox = Mailbox(Boxes(self.store, barrier.seals), self.rank, self.entries)
+        self._gathering = Gathering(self.store, self.rank, barrier)
 
     @staticmethod
     def create(
@@ -114,6 +126,8 @@ class StatelessProcessGroup:
         data_expiration_seconds: int = 3600,
         store_timeout: int = 300,
         listen_socket: sockets.socket | None = None,
+        *,
+        secret: bytes | str | None = None,
     ) -> "StatelessProcessGroup":
         """Form a group with the other processes that call this with the same host and port.
 
@@ -133,25 +147,33 @@ class StatelessProcessGroup:
                 that has no timeout of its own.
             listen_socket: on rank 0, a bound TCP socket to listen on, in place of host and port.
                 It stays the caller's. The other ranks ignore theirs.
+            secret: the same on all ranks, long and random (``secrets.token_hex()``); None for that
+                of the environment variable REFDIST_SECRET, or for none where this is not set.
+                Without one, rank 0 warns (InsecureGroupWarning) unless it listens on a loopback
+                address.
 
         Raises:
             ValueError: an argument is out of its range, the rank is taken, or rank 0 was given
                 another world size.
             OSError: the host does not resolve, or on rank 0, cannot be listened on.
-            GroupCreationError: a rank did not come in time; the text says how many came.
+            GroupCreationError: a rank did not come in time; the text says how many came. Or this
+                rank has another secret than rank 0, or only one of them has one: then it is raised
+                at once, and the other ranks are told when their time is up.
             StoreConnectionError: on another rank than 0, when no store answered in time.
         """
         _check_expiration(data_expiration_seconds)
         seconds = check_seconds("store_timeout", store_timeout)
         if seconds <= 0:
             raise ValueError(f"store_timeout={store_timeout}: must be above 0 seconds")
+        known = secret_from(secret)
         with listening(host, port, rank, listen_socket) as listener:
-            store, barrier, calls = meet(host, port, rank, world_size, seconds, listener)
+            if listener is not None and known is None:
+                _warn_unless_loopback(listener)
+            store, barrier, calls = meet(host, port, rank, world_size, seconds, listener, known)
             group = StatelessProcessGroup(
                 rank, world_size, store, listener, data_expiration_seconds
             )
-        group._barrier, group._calls = barrier, calls
-        group._gathering = Gathering(store, group.rank, barrier)
+        group._use(barrier, calls)
         if listener is not None and listen_socket is None:
             group._release_socket = weakref.finalize(group, listener.close)
         return group
@@ -486,6 +508,19 @@ class StatelessProcessGroup:
                 f"{operation}: rank {self.rank} lost the store that rank 0 hosts, or found there "
                 f"what no rank of refdist writes: {error}"
             ) from error
+
+
+def _warn_unless_loopback(listener: sockets.socket) -> None:
+    address, port = listener.getsockname()[:2]
+    if port == 0 or ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return
+    warnings.warn(
+        f"the store listens on {address} without a secret: whoever can reach it there can forge "
+        f"messages, which are pickles, and so run code on every rank. Give all ranks the same "
+        f"secret=, or set {VARIABLE}, to a long random text such as secrets.token_hex()",
+        InsecureGroupWarning,
+        stacklevel=3,
+    )
 
 
 def _check_expiration(seconds: int) -> None:

@@ -28,7 +28,8 @@ def create_tcp_store(
     """Create a TCPStore that listens on ``host`` only, or connect to one.
 
     Blocks until the store answers. Waiting for other ranks is left to the caller, unless
-    ``wait_for_workers=True`` and ``world_size`` are given.
+    ``wait_for_workers=True`` and ``world_size`` are given. Whoever reaches the port may use the
+    store; a secret guards the values that a group of refdist writes there, not the store.
 
     Args:
         host: name, IPv4 address or IPv6 address (``"::1"`` or ``"[::1]"``).

@@ -72,4 +72,5 @@ def is_weak_contiguous(tensor: torch.Tensor) -> bool:
     bytes_to_end = (
         tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
     )
-    return bytes_to_end == tensor.numel() * tensor.element_size()
+    # in the annotations of torch 2.15 a size may be a symbol
+    return bool(bytes_to_end == tensor.numel() * tensor.element_size())

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import DistStoreError, Store
 
@@ -138,10 +139,11 @@ def _peek(store: Store, key: str, never_written: str) -> bytes | None:
 
 def decide(store: Store, key: str, proposal: bytes) -> bytes:
     """Write ``proposal`` unless the key has a value. Returns the value that it has then."""
-    value: bytes = store.compare_set(key, "", proposal.decode())
+    text: Any = proposal  # the store takes bytes; its annotations say str
+    value: bytes = store.compare_set(key, "", text)
     if value == proposal:
         # the legacy server of TCPStore wakes those who wait for a key on set, not on compare_set
-        store.set(key, proposal.decode())
+        store.set(key, text)
     return value
 
 

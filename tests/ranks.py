@@ -19,7 +19,10 @@ import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from refdist import StatelessProcessGroup, create_tcp_store, keys
+from refdist.barrier import Barrier
 from refdist.barrier_state import signed_by
+from refdist.calls import Calls
+from refdist.seals import Seals
 
 LOCAL = "127.0.0.1"
 DEADLINE = 40.0
@@ -249,6 +252,16 @@ def run_threads(
         threading.Thread(target=run, args=(rank,), daemon=True).start()
     end = time.monotonic() + deadline
     return [result.result(max(0.0, end - time.monotonic())) for result in results]
+
+
+def with_secret(
+    group: StatelessProcessGroup, secret: str = "a secret of tests"
+) -> StatelessProcessGroup:
+    """Let a group over a store that was there before seal what it writes, as ``create`` does."""
+    seals = Seals(secret.encode(), "group")
+    barrier = Barrier(group.store, group.rank, group.world_size, seals)
+    group._use(barrier, Calls(group.store))
+    return group
 
 
 def until(condition: Callable[[], bool]) -> None:

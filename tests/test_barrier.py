@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from ranks import LOCAL, Watched, run_ranks, run_threads, second_group
+from ranks import LOCAL, Watched, run_ranks, run_threads, second_group, with_secret
 from torch.distributed import HashStore, PrefixStore
 
 from refdist import BarrierError, StatelessProcessGroup, compat, create_tcp_store, keys
@@ -807,7 +807,7 @@ SEQUENCES = {
 ROUNDS = 2
 
 
-def _count_requests(rank, world_size, stores, asleep, sleepers):
+def _count_requests(rank, world_size, stores, asleep, sleepers, secret):
     requests = Requests()
 
     def before(request, key=None, *rest):
@@ -817,6 +817,8 @@ def _count_requests(rank, world_size, stores, asleep, sleepers):
 
     number, slot = 0, FIRST
     group = StatelessProcessGroup(rank, world_size, Watched(stores[rank], before))
+    if secret:
+        with_secret(group)
     group.barrier(60)
     taken = []
     for number in range(1, 1 + ROUNDS):
@@ -830,11 +832,11 @@ def _count_requests(rank, world_size, stores, asleep, sleepers):
     return taken
 
 
-def _requests(world_size, native, asleep):
+def _requests(world_size, native, asleep, secret=False):
     """The requests of each rank, in each of several barriers."""
     sleepers = [threading.Semaphore(0) for _ in range(1 + ROUNDS)]
     stores = clients(world_size, native)
-    results = run_threads(_count_requests, world_size, world_size, stores, asleep, sleepers)
+    results = run_threads(_count_requests, world_size, world_size, stores, asleep, sleepers, secret)
     barriers = list(zip(*results, strict=True))
     for everyone in barriers:
         for rank, words in enumerate(everyone):
@@ -851,13 +853,14 @@ def _requests(world_size, native, asleep):
 # Everyone comes at once. With counters nobody falls asleep, unless the machine is slow: 3 requests
 # a rank. 1 more for who leaves last; 2 more for rank 0, and another if it has to wait for that one.
 # With keys: 5 for the last to arrive, 4 or 5 for the others; 1 more for who leaves last; 3 more for
-# rank 0, and another if it has to wait.
+# rank 0, and another if it has to wait. A secret takes no more.
 
 
 @BOTH_KINDS
+@pytest.mark.parametrize("secret", [False, True], ids=["", "secret"])
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16, 64])
-def test_requests(world_size, native):
-    for everyone in _requests(world_size, native, asleep=False):
+def test_requests(world_size, native, secret):
+    for everyone in _requests(world_size, native, asleep=False, secret=secret):
         slow = native and any(words.count("add state") > 1 for words in everyone)
         for rank, words in enumerate(everyone):
             counts = {3} if native else {5} if "set wake" in words else {4, 5}

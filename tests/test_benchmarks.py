@@ -38,6 +38,7 @@ from refdist.benchmarks.records import (
     read_timings,
     to_record,
 )
+from refdist.benchmarks.secret import SecretTiming, time_secret
 from refdist.benchmarks.ways import Workspace, rounded
 from refdist.compat import STORE_BARRIER, store_features
 
@@ -323,6 +324,30 @@ def test_control_times_many_ranks():
         (9, "set, add, wait, set"),
     ]
     assert all(t.seconds > 0 for t in timings)
+
+
+# With a secret and without: the same operations, side by side.
+
+
+def test_secret_times_both():
+    timings = time_secret([2, 3], repeats=2, calls=3)
+    small = ["barrier", "all_gather_obj", "ping-pong"]
+    assert [(t.world_size, t.operation) for t in timings] == [
+        *((2, name) for name in [*small, "64 MiB broadcast_obj"]),
+        *((3, name) for name in small),
+    ]
+    assert all(min(t.seconds, t.plain_seconds, t.ratio) > 0 for t in timings)
+
+
+def test_nanoseconds_per_byte():
+    timing = SecretTiming("64 MiB broadcast_obj", 2, 0.3, 0.2, 1.5, 10**8)
+    assert timing.nanoseconds_per_byte == pytest.approx(1.0)
+
+
+def test_bad_command_line_of_secret(capsys):
+    with pytest.raises(SystemExit):
+        main(["secret", "--world-sizes", "1"])
+    assert "--world-sizes 1: must be at least 2" in capsys.readouterr().err
 
 
 def test_exponent_of_growth():

@@ -23,11 +23,11 @@ from refdist import (
     MessageTimeoutError,
     StatelessProcessGroup,
     StoreConnectionError,
-    boxes,
     compat,
     create_tcp_store,
     keys,
 )
+from refdist.boxes import Boxes
 from refdist.messages import CHUNK_BYTES
 from refdist.waiting import peek
 
@@ -925,7 +925,7 @@ def _starts_again(here, world_size, dead):
     here.ask("refused")
     error = _outcome(lambda: group.barrier(TIMEOUT))[0]
     if here.rank == 0:
-        assert boxes.replace(group.store, keys.message(0, dead, 0), b"unread")
+        assert Boxes(group.store).replace(keys.message(0, dead, 0), b"unread")
     with here.group("smaller", members=members) as smaller:
         smaller.barrier(20)
         gathered = smaller.all_gather_obj(here.rank, 20)

@@ -143,7 +143,7 @@ def test_create_is_static():
 
 def test_public_names():
     functions = {name for name in SPECIFIED if "." not in name}
-    own = {"PhaseEvent", *(name for name in vars(errors) if name.endswith("Error"))}
+    own = {"PhaseEvent", *(name for name in vars(errors) if name.endswith(("Error", "Warning")))}
     assert set(refdist.__all__) == functions | own | {"USE_SCHED_YIELD"}
     assert all(hasattr(refdist, name) for name in refdist.__all__)
     assert isinstance(refdist.USE_SCHED_YIELD, bool)
@@ -203,9 +203,9 @@ def test_errors_can_be_pickled(kind):
 
 LAYERS = [
     {"errors", "compat", "checks"},
-    {"waiting", "keys", "pipeline", "tensors", "phases"},
+    {"waiting", "keys", "pipeline", "tensors", "phases", "seals"},
     {"gates", "boxes", "calls", "store", "barrier_state", "backends"},
-    {"barrier", "observer", "messages"},
+    {"barrier", "observer", "messages", "members"},
     {"rendezvous", "mailbox", "gathering"},
     {"stateless", "process_groups", "collectives", "small_sums"},
 ]
@@ -289,7 +289,7 @@ INNER_LAYERS = {
         {"allreduce", "control", "pipeline"},
         {"records", "fit"},
         {"data_plane"},
-        {"small"},
+        {"small", "secret"},
         {"__main__"},
     ],
 }

@@ -19,6 +19,8 @@ from refdist.benchmarks.control import (
 )
 from refdist.benchmarks.data_plane import DTYPES, Plan, run_all_reduce
 from refdist.benchmarks.records import append_records, describe_machine, to_record
+from refdist.benchmarks.secret import WORLD_SIZES as SECRET_WORLD_SIZES
+from refdist.benchmarks.secret import time_secret
 from refdist.benchmarks.small import SIZES as SMALL_SIZES
 from refdist.benchmarks.small import WORLD_SIZES as SMALL_WORLD_SIZES
 from refdist.benchmarks.small import time_small_sums
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_control(benchmarks)
     _add_allreduce(benchmarks)
     _add_cpu_allreduce(benchmarks)
+    _add_secret(benchmarks)
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: must be at least 1")
@@ -75,6 +78,34 @@ def _add_cpu_allreduce(benchmarks: Any) -> None:
     small.add_argument("--repeats", type=int, default=9)
     small.add_argument("--json", action="store_true", help="one JSON object a line")
     small.set_defaults(run=_cpu_allreduce)
+
+
+def _add_secret(benchmarks: Any) -> None:
+    secret = benchmarks.add_parser("secret", help="what a group with a secret takes longer")
+    secret.add_argument("--world-sizes", type=int, nargs="+", default=SECRET_WORLD_SIZES)
+    secret.add_argument("--repeats", type=int, default=25)
+    secret.add_argument("--json", action="store_true", help="one JSON object a line")
+    secret.set_defaults(run=_secret)
+
+
+def _secret(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    few = [n for n in options.world_sizes if n < 2]
+    if few:
+        parser.error(f"--world-sizes {few[0]}: must be at least 2")
+    timings = time_secret(options.world_sizes, options.repeats)
+    machine = describe_machine()
+    if options.json:
+        for timing in timings:
+            print(json.dumps({"benchmark": "secret"} | asdict(timing) | machine))
+        return
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{'ranks':>5}  {'operation':21} {'secret (ms)':>11} {'none (ms)':>9} {'ratio':>6}")
+    for timing in timings:
+        per_byte = f"  {timing.nanoseconds_per_byte:.2f} ns/byte" if timing.num_bytes else ""
+        print(
+            f"{timing.world_size:5}  {timing.operation:21} {timing.seconds * 1e3:11.3f} "
+            f"{timing.plain_seconds * 1e3:9.3f} {timing.ratio:6.3f}{per_byte}"
+        )
 
 
 def _cpu_allreduce(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -159,10 +159,10 @@ def _groups(
     for name, some in groups.items():
         operations["broadcast_obj", name] = partial(_broadcast_from_each, some, obj)
     for name, some in groups.items():
-        operations["ping-pong", name] = partial(_ping_pong, some, obj)
+        operations["ping-pong", name] = partial(ping_pong, some, obj)
     if world_size == 2:
         for name, some in groups.items():
-            operations["64 MiB broadcast_obj", name] = partial(_broadcast_and_wait, some, large)
+            operations["64 MiB broadcast_obj", name] = partial(broadcast_and_wait, some, large)
     yield group, operations
     group.barrier()
 
@@ -173,7 +173,7 @@ def _broadcast_from_each(group: Any, obj: Any) -> None:
         group.broadcast_obj(obj, source)
 
 
-def _ping_pong(group: Any, obj: Any) -> None:
+def ping_pong(group: Any, obj: Any) -> None:
     """From rank 0 to rank 1 and back."""
     if group.rank == 0:
         group.send_obj(obj, 1)
@@ -183,7 +183,8 @@ def _ping_pong(group: Any, obj: Any) -> None:
         group.send_obj(obj, 0)
 
 
-def _broadcast_and_wait(group: Any, obj: Any) -> None:
+def broadcast_and_wait(group: Any, obj: Any) -> None:
+    """A broadcast from rank 0, until rank 1 has it."""
     group.broadcast_obj(obj, 0)
     if group.rank == 1:
         group.send_obj(None, 0)

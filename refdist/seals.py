@@ -1,0 +1,141 @@
+"""Seals: tags on values in a store, by which ranks that share a secret know their own.
+
+A tag is the HMAC-SHA256 of a key of the store and of the value under it. The key of the HMAC comes
+from the secret and from what makes one group unlike all others. So nobody without the secret can
+make a tag; and one that was copied from another key or another group is wrong. A tag is checked in
+constant time, and before anything in the value is used: what it says is neither unpickled, nor
+parsed, nor believed about its own length.
+
+What tags do not do
+    Whoever can reach the store can still read all values, for nothing is encrypted. They can delete
+    keys, overwrite them, fill the memory of rank 0, or connect and never speak. And the store adds
+    to counts itself, so counts carry no tag: those of a barrier, of the readers of a broadcast, of
+    the ranks that have left. Who changes them can break a barrier, or let ranks pass before all
+    have arrived. A gather is not passed so, because it needs the tag of every rank on the roll.
+"""
+
+import hashlib
+import hmac
+import os
+import struct
+
+from refdist.errors import AuthenticationError
+
+TAG_BYTES = 32
+VARIABLE = "REFDIST_SECRET"
+_MARK = b"\x06"  # begins a sealed value, and no other
+_BLOCK_BYTES = 64
+_INNER_PAD, _OUTER_PAD = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
+_LENGTH = struct.Struct("<I")
+
+
+class NoSeals:
+    """What a group without a secret does: nothing."""
+
+    tag_bytes = 0
+
+    def tag(self, key: str, payload: bytes) -> bytes:
+        """No tag."""
+        return b""
+
+    def fits(self, tag: bytes, key: str, payload: bytes) -> bool:
+        """Whatever there is."""
+        return True
+
+    def seal(self, key: str, payload: bytes) -> bytes:
+        """The payload."""
+        return payload
+
+    def unseal(self, key: str, value: bytes) -> bytes:
+        """The value."""
+        return value
+
+
+NO_SEALS = NoSeals()
+
+
+class Seals(NoSeals):
+    """The seals of one group, or of another purpose.
+
+    Args:
+        secret: at least one byte.
+        purpose: what the seals are for. Those of one purpose are wrong for another.
+        context: the same for all who are to know these seals; and unlike what it was before.
+    """
+
+    tag_bytes = TAG_BYTES
+
+    def __init__(self, secret: bytes, purpose: str, *context: bytes) -> None:
+        own_key = hmac.digest(secret, _framed(purpose.encode(), *context), "sha256")
+        # an HMAC is a hash of a hash (RFC 2104), and both begin with the key: a block that is
+        # hashed once here, and not for each tag. The hmac module takes twice as long for a tag.
+        block = own_key.ljust(_BLOCK_BYTES, b"\0")
+        self._inner = hashlib.sha256(block.translate(_INNER_PAD))
+        self._outer = hashlib.sha256(block.translate(_OUTER_PAD))
+
+    def tag(self, key: str, payload: bytes) -> bytes:
+        """The tag of a payload under a key of the store."""
+        name = key.encode()
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(_LENGTH.pack(len(name)) + name)
+        inner.update(payload)
+        outer.update(inner.digest())
+        return outer.digest()
+
+    def fits(self, tag: bytes, key: str, payload: bytes) -> bool:
+        """Whether this is the tag of a payload under a key of the store."""
+        return hmac.compare_digest(tag, self.tag(key, payload))
+
+    def seal(self, key: str, payload: bytes) -> bytes:
+        """What to write under a key: a mark, the tag, and the payload."""
+        return b"".join((_MARK, self.tag(key, payload), payload))
+
+    def unseal(self, key: str, value: bytes) -> bytes:
+        """The payload of what stands under a key.
+
+        Raises:
+            AuthenticationError: no rank of this group wrote it there.
+        """
+        if not is_sealed(value):
+            raise AuthenticationError(
+                f"{key}: holds {len(value)} bytes without a tag, from someone who has no secret; "
+                f"they were not looked at"
+            )
+        start = len(_MARK) + TAG_BYTES
+        if len(value) < start:
+            raise AuthenticationError(f"{key}: is cut off in its tag, after {len(value)} bytes")
+        payload = value[start:]
+        if not self.fits(value[len(_MARK) : start], key, payload):
+            raise AuthenticationError(
+                f"{key}: holds {len(value)} bytes whose tag is wrong: forged, altered or cut off, "
+                f"or copied from another key or another group; they were not looked at"
+            )
+        return payload
+
+
+def is_sealed(value: bytes) -> bool:
+    """Whether a value says that it carries a tag, right or wrong."""
+    return value.startswith(_MARK)
+
+
+def secret_from(given: bytes | str | None) -> bytes | None:
+    """The secret that a user gave, or for None that of the environment, if there is one.
+
+    Raises:
+        ValueError: it is empty, or neither bytes nor text. The error does not show it.
+    """
+    name = "secret"
+    if given is None:
+        name, given = VARIABLE, os.environ.get(VARIABLE)
+        if given is None:
+            return None
+    if not isinstance(given, bytes | str):
+        raise ValueError(f"{name}: must be bytes or str, not {type(given).__name__}")
+    if not given:
+        raise ValueError(f"{name}={given!r}: must not be empty; give none to do without")
+    return given.encode() if isinstance(given, str) else given
+
+
+def _framed(*parts: bytes) -> bytes:
+    """Parts in a row, each after its length, so that no other parts look the same."""
+    return b"".join(_LENGTH.pack(len(part)) + part for part in parts)
