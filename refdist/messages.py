@@ -75,7 +75,8 @@ def encode(obj: Any) -> Encoded:
     pickler = pickle.Pickler(stream, protocol=5, buffer_callback=keep_in_pickle)
     pickler.dispatch_table = _REDUCERS
     pickler.dump(obj)
-    parts = [stream.getbuffer(), *buffers]
+    # not getbuffer(): a stream that dies before its buffer complains on stderr in Python 3.13
+    parts = [memoryview(stream.getvalue()), *buffers]
     size = sum(part.nbytes for part in parts)
     if size > MAX_BYTES:
         raise ValueError(
