@@ -1,5 +1,6 @@
 """A group of processes that exchange small objects, without any global state."""
 
+import os
 import socket as sockets
 import weakref
 from collections import deque
@@ -25,6 +26,7 @@ from refdist.errors import (
     letting_go,
 )
 from refdist.gathering import Gathering, Unusable
+from refdist.launched import find_place
 from refdist.mailbox import Mailbox
 from refdist.phases import PhaseEvent
 from refdist.rendezvous import leave, listening, meet
@@ -155,6 +157,41 @@ class StatelessProcessGroup:
         if listener is not None and listen_socket is None:
             group._release_socket = weakref.finalize(group, listener.close)
         return group
+
+    @staticmethod
+    def from_env(
+        *,
+        host: str | None = None,
+        port: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **options: Any,
+    ) -> "StatelessProcessGroup":
+        """Form a group of the ranks that torchrun, mpirun or srun started. See ``create``.
+
+        ``refdist.launched`` says which environment variables tell what. The port is never that of
+        torchrun's own store: it is ``REFDIST_PORT``, or else ``MASTER_PORT`` plus 1, or else it
+        follows from the name of the job. Groups that live at the same time need a port each.
+
+        Args:
+            host: in place of what the variables tell. So are port, rank and world_size.
+            port: see ``host``.
+            rank: see ``host``.
+            world_size: see ``host``.
+            options: other arguments of ``create``.
+
+        Raises:
+            ValueError: the variables that are set do not tell all; the text names them.
+            Exception: as ``create``. The text says where host and port come from.
+        """
+        place = find_place(os.environ, host, port, rank, world_size)
+        try:
+            return StatelessProcessGroup.create(
+                place.host, place.port, place.rank, place.world_size, **options
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            place.explain(error)
+            raise
 
     @property
     def host(self) -> str:

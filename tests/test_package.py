@@ -203,7 +203,7 @@ def test_errors_can_be_pickled(kind):
 
 LAYERS = [
     {"errors", "compat", "checks"},
-    {"waiting", "keys", "pipeline", "tensors", "phases"},
+    {"waiting", "keys", "pipeline", "tensors", "phases", "launched"},
     {"gates", "boxes", "calls", "store", "barrier_state", "backends"},
     {"barrier", "observer", "messages"},
     {"rendezvous", "mailbox", "gathering"},
