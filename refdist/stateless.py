@@ -219,14 +219,16 @@ class StatelessProcessGroup:
             return
         deadline = Deadline(timeout)
         try:
-            with letting_go():
-                self._run(
-                    "close",
-                    lambda: leave(self.store, self.rank, self.world_size, deadline),
-                    deadline,
-                )
+            self._run(
+                "close",
+                lambda: leave(self.store, self.rank, self.world_size, deadline),
+                deadline,
+            )
         finally:
             self._closed = True
+            # an error that is kept, as a notebook does, keeps these, but the store must end
+            for user in (self._barrier, self._mailbox, self._gathering):
+                vars(user).clear()
             del self.store, self._barrier, self._mailbox, self._gathering
             self._release_socket()
 
@@ -517,7 +519,8 @@ class StatelessProcessGroup:
         """Run ``function`` as the only call, and report which operation of which rank failed."""
         self._check_open(operation)
         try:
-            return self._calls.run(operation, function, deadline, unclaimed)
+            with letting_go():
+                return self._calls.run(operation, function, deadline, unclaimed)
         except DistError as error:
             raise StoreConnectionError(
                 f"{operation}: rank {self.rank} lost the store that rank 0 hosts, or found there "
