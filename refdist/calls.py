@@ -92,8 +92,8 @@ class Calls:
         if deadline.given_up and isinstance(error, DistError):
             raise StoreConnectionError(
                 f"{what}: the store did not answer, although the {deadline.allowed:g} s were "
-                f"over, so this rank gave it up: its host is stopped, overloaded or out of reach; "
-                f"form a new group"
+                f"over, so this rank gave it up: its host, rank 0, is stopped, overloaded or out "
+                f"of reach; form a new group"
             ) from error
         if error is not None:
             raise error

@@ -1,22 +1,32 @@
-"""Local engines of ipyparallel, started, named and stopped in one place.
+"""Engines of ipyparallel, started, named and stopped in one place.
 
 An engine is a process that runs what a notebook sends it. Here its id is its rank, and the cells
 marked ``%%px`` run on all engines and show their output in rank order.
+
+The engines run on this machine, unless the environment variable ``REFDIST_PROFILE`` names a profile
+of ipyparallel, or its folder. Then the profile's ``ipcluster_config.py`` says where and how they
+are started: by MPI, by SSH, by Slurm, or by any other launcher that ipyparallel has.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ipyparallel
 import psutil
 
+PROFILE = "REFDIST_PROFILE"
+_LOCAL = "127.0.0.1"
+_QUEUE_SECONDS = 600.0  # a cluster may let its jobs wait
 _GRACE_SECONDS = 1.0
 _SETTINGS = {
     "OMP_NUM_THREADS": "1",  # four engines share the few cores of a laptop
@@ -24,30 +34,46 @@ _SETTINGS = {
 }
 
 
+_PREPARE = """
+import os as _os
+for _name, _value in _settings.items():
+    _os.environ.setdefault(_name, _value)
+_os.environ.update(_environment)
+import torch, refdist
+"""
+
+# the address from which an engine reaches the controller is one that the other engines reach
 _BIND_PORT = """
+import socket as _socket
 from refdist.store import listen as _listen
-listen_socket = _listen("127.0.0.1", 0)
+with _socket.socket(type=_socket.SOCK_DGRAM) as _probe:
+    _probe.connect((_controller, 9))  # sends nothing
+    host = _probe.getsockname()[0]
+listen_socket = _listen(host, 0)
 port = listen_socket.getsockname()[1]
 """
 
 
 class LocalEngines:
-    """``n`` engines on this machine, as an object or as a context manager.
+    """``n`` engines on this machine, or on those of a profile, as an object or context manager.
 
     Each engine has imported torch and refdist, and has these names::
 
         rank            its id, 0 to n - 1
         world_size      n
-        port            a free port of 127.0.0.1
+        host            an address of rank 0's machine: 127.0.0.1 if all run on this one
+        port            a free port of it
         listen_socket   on rank 0, a socket that is bound to it; else None
 
     In a notebook, ``%%px`` runs a cell on all of them. The engines end with ``stop``, and at the
-    latest a few seconds after the process that started them.
+    latest a few seconds after the process that started them, if any of them runs on its machine;
+    else ``ipcluster stop`` ends what a killed notebook has left.
 
     Args:
         n: how many engines, at least 1.
-        timeout: seconds until starting fails.
-        environment: variables for the engines, besides those of this process.
+        timeout: seconds until starting fails; None for 60, or 600 with a profile.
+        environment: variables for the engines, besides those of this process, or on other
+            machines, besides those that the launcher sets.
 
     Raises:
         ValueError: ``n`` is below 1.
@@ -55,49 +81,100 @@ class LocalEngines:
     """
 
     def __init__(
-        self, n: int = 4, *, timeout: float = 60.0, environment: dict[str, str] | None = None
+        self,
+        n: int = 4,
+        *,
+        timeout: float | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         if n < 1:
             raise ValueError(f"n={n}: must be at least 1")
         self.n = n
         self.pids: list[int] = []
+        self._local: list[bool] = []  # whether it runs on this machine
         self._stopped = False
+        self._environment = environment or {}
+        self._profile: str | None = None  # the folder of one that is ours
+        named = os.environ.get(PROFILE)
+        self._cluster = self._of_profile(named) if named else self._here()
+        try:
+            self._start(timeout or (_QUEUE_SECONDS if named else 60.0))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _here(self) -> Any:
         # a profile of its own: the user's may start its engines on another machine
         self._profile = tempfile.mkdtemp(prefix="refdist-engines-")
-        self._cluster = ipyparallel.Cluster(
-            n=n,
+        cluster = ipyparallel.Cluster(
+            n=self.n,
             profile_dir=self._profile,
-            controller_ip="127.0.0.1",
+            controller_ip=_LOCAL,
             engine_launcher_class="local",
             controller_launcher_class="local",
             log_level=logging.ERROR,
             send_engines_connection_env=True,
         )
-        settings = _SETTINGS | dict(os.environ) | (environment or {})
-        self._cluster.config.LocalEngineLauncher.environment = settings
-        try:
-            self._start(timeout)
-        except BaseException:
-            self.stop()
-            raise
+        settings = _SETTINGS | dict(os.environ) | self._environment
+        cluster.config.LocalEngineLauncher.environment = settings
+        return cluster
+
+    def _of_profile(self, name: str) -> Any:
+        place = {"profile_dir": name} if os.sep in name else {"profile": name}
+        cluster = ipyparallel.Cluster(n=self.n, log_level=logging.ERROR, **place)
+        if not Path(cluster.profile_dir).is_dir():
+            raise ValueError(
+                f"{PROFILE}={name}: there is no {cluster.profile_dir}; make it with "
+                f"'ipython profile create --parallel'"
+            )
+        return cluster
 
     def _start(self, timeout: float) -> None:
         self._cluster.start_cluster_sync()
         self.client = self._cluster.connect_client_sync()
-        self.client.wait_for_engines(self.n, interactive=False, timeout=timeout)
+        self._wait_for_engines(time.monotonic() + timeout)
         self.view = self.client[sorted(self.client.ids)]
         self.view.block = True
-        self.pids = self.view.apply_sync(
-            _start_watching, os.getpid(), self._cluster.controller.pid, self._profile
+        found = self.view.apply_sync(
+            _start_watching, _myself(), self._cluster.controller.pid, self._profile
         )
+        self.pids = [pid for pid, _ in found]
+        self._local = [here for _, here in found]
+        self._controller = self._location()
         for rank, engine in enumerate(self.client.ids):
             self.client[engine].push({"rank": rank, "world_size": self.n}, block=True)
-        self.view.execute("import torch, refdist", block=True)
+        self.view.push({"_settings": _SETTINGS, "_environment": self._environment}, block=True)
+        self.view.execute(_PREPARE, block=True)
         self.offer_port()
+
+    def _wait_for_engines(self, end: float) -> None:
+        while True:
+            slice_seconds = max(0.0, min(1.0, end - time.monotonic()))
+            try:
+                self.client.wait_for_engines(self.n, interactive=False, timeout=slice_seconds)
+                return
+            except TimeoutError:
+                sets = self._cluster.engines.values()
+                # mpiexec; the launchers of other kinds have no process that lasts
+                starters = [one.process for one in sets if getattr(one, "process", None)]
+                over = any(not starter.is_running() for starter in starters)
+                if over or time.monotonic() >= end:
+                    text = f"{len(self.client.ids)} of {self.n} engines have started"
+                    text += ", and what started them has ended" if over else ""
+                    # a profile that is ours goes, and its logs with it
+                    logs = "" if self._profile else f"; see {self._cluster.profile_dir}/log"
+                    raise TimeoutError(text + logs) from None
+
+    def _location(self) -> str:
+        """The address of the controller, as other machines know it."""
+        file = self._cluster.controller.connection_files["client"]
+        told = json.loads(Path(file).read_text())
+        address = str(told["interface"]).rpartition("/")[2]
+        return str(told["location"]) if address in {"*", "0.0.0.0"} else address
         self._show_in_rank_order()
 
     def offer_port(self, rank: int = 0) -> None:
-        """Bind a free port on one engine and tell all: new ``port`` and ``listen_socket``.
+        """Bind a free port on one engine and tell all: ``host``, ``port`` and ``listen_socket``.
 
         Each group that lives at the same time as another needs a port of its own. Engines that
         are dead or stopped are not told.
@@ -107,10 +184,12 @@ class LocalEngines:
         """
         first = self.view.targets[rank]
         others = [self.view.targets[other] for other in self.answering() if other != rank]
+        self.client[first].push({"_controller": self._controller}, block=True)
         self.client[first].execute(_BIND_PORT, block=True)
-        port: int = self.client[first].pull("port", block=True)
+        host, port = self.client[first].pull(["host", "port"], block=True)
         if others:
-            self.client[others].push({"port": port, "listen_socket": None}, block=True)
+            place = {"host": host, "port": port, "listen_socket": None}
+            self.client[others].push(place, block=True)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call ``function(rank, world_size, *arguments)`` on every engine at once.
@@ -133,11 +212,22 @@ class LocalEngines:
         return values
 
     def answering(self) -> list[int]:
-        """The ranks whose engines are neither dead nor stopped."""
-        return [rank for rank, pid in enumerate(self.pids) if _answers(pid)]
+        """The ranks whose engines are neither dead nor stopped; on other machines, not dead."""
+        registered = set(self.client.ids)
+        return [
+            rank
+            for rank, (pid, here) in enumerate(zip(self.pids, self._local, strict=True))
+            if (_answers(pid) if here else self.view.targets[rank] in registered)
+        ]
 
     def signal(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to one engine, such as SIGINT, SIGSTOP, SIGCONT or SIGKILL."""
+        """Send a signal to one engine, such as SIGINT, SIGSTOP, SIGCONT or SIGKILL.
+
+        Raises:
+            ValueError: the engine runs on another machine.
+        """
+        if not self._local[rank]:
+            raise ValueError(f"rank={rank}: its engine runs on another machine")
         os.kill(self.pids[rank], number)
 
     def stop(self) -> None:
@@ -159,13 +249,15 @@ class LocalEngines:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(alive, timeout=_GRACE_SECONDS)
-            shutil.rmtree(self._profile, ignore_errors=True)
+            if self._profile is not None:
+                shutil.rmtree(self._profile, ignore_errors=True)
 
     def _processes(self) -> list[psutil.Process]:
         """The engines, the controller, and the processes that these started."""
         controller = getattr(self._cluster.controller, "pid", None)
         found = []
-        for pid in [*self.pids, controller]:
+        own = [pid for pid, here in zip(self.pids, self._local, strict=True) if here]
+        for pid in [*own, controller]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if pid is not None:
                     process = psutil.Process(pid)
@@ -204,10 +296,20 @@ def _answers(pid: int) -> bool:
     return False
 
 
-def _start_watching(parent: int, controller: int, profile: str) -> int:
-    """On an engine: end with the process that started the engines. Returns the engine's pid.
+def _myself() -> tuple[int, float]:
+    """This process, as no other machine has it: its number, and when it was started."""
+    return os.getpid(), psutil.Process().create_time()
+
+
+def _start_watching(
+    owner_is: tuple[int, float], controller: int, profile: str | None
+) -> tuple[int, bool]:
+    """On an engine: end with the process that started the engines, if that is on this machine.
 
     A notebook's kernel that is killed can stop neither its engines nor their controller.
+
+    Returns:
+        The engine's pid, and whether it runs on the machine of its owner.
     """
     import contextlib
     import os
@@ -217,6 +319,9 @@ def _start_watching(parent: int, controller: int, profile: str) -> int:
 
     import psutil
 
+    parent, created = owner_is
+    if not psutil.pid_exists(parent) or psutil.Process(parent).create_time() != created:
+        return os.getpid(), False
     owner = psutil.Process(parent)
 
     def watch() -> None:
@@ -227,8 +332,9 @@ def _start_watching(parent: int, controller: int, profile: str) -> int:
             psutil.Process(controller).terminate()
         for nanny in psutil.Process().children():
             nanny.kill()
-        shutil.rmtree(profile, ignore_errors=True)
+        if profile is not None:
+            shutil.rmtree(profile, ignore_errors=True)
         psutil.Process().kill()
 
     threading.Thread(target=watch, daemon=True, name="refdist-watch").start()
-    return os.getpid()
+    return os.getpid(), True

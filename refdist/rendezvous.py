@@ -167,7 +167,7 @@ def leave(store: Store, rank: int, world_size: int, deadline: Deadline) -> None:
     """
     if rank != 0:
         # where the store is gone already, nobody waits for this
-        with suppress(DistError):
+        with suppress(DistError), quiet():
             store.set(keys.member(rank), GONE.decode())
             if store.add(keys.gone(), 1) == world_size - 1:
                 store.set(keys.all_gone(), "")

@@ -1,6 +1,7 @@
 """A group of processes that exchange small objects, without any global state."""
 
 import ipaddress
+import os
 import socket as sockets
 import warnings
 import weakref
@@ -29,6 +30,7 @@ from refdist.errors import (
     letting_go,
 )
 from refdist.gathering import Gathering, Unusable
+from refdist.launched import find_place
 from refdist.mailbox import Mailbox
 from refdist.phases import PhaseEvent
 from refdist.rendezvous import leave, listening, meet
@@ -178,6 +180,41 @@ class StatelessProcessGroup:
             group._release_socket = weakref.finalize(group, listener.close)
         return group
 
+    @staticmethod
+    def from_env(
+        *,
+        host: str | None = None,
+        port: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **options: Any,
+    ) -> "StatelessProcessGroup":
+        """Form a group of the ranks that torchrun, mpirun or srun started. See ``create``.
+
+        ``refdist.launched`` says which environment variables tell what. The port is never that of
+        torchrun's own store: it is ``REFDIST_PORT``, or else ``MASTER_PORT`` plus 1, or else it
+        follows from the name of the job. Groups that live at the same time need a port each.
+
+        Args:
+            host: in place of what the variables tell. So are port, rank and world_size.
+            port: see ``host``.
+            rank: see ``host``.
+            world_size: see ``host``.
+            options: other arguments of ``create``.
+
+        Raises:
+            ValueError: the variables that are set do not tell all; the text names them.
+            Exception: as ``create``. The text says where host and port come from.
+        """
+        place = find_place(os.environ, host, port, rank, world_size)
+        try:
+            return StatelessProcessGroup.create(
+                place.host, place.port, place.rank, place.world_size, **options
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            place.explain(error)
+            raise
+
     @property
     def host(self) -> str:
         """The numeric address of the store."""
@@ -204,14 +241,16 @@ class StatelessProcessGroup:
             return
         deadline = Deadline(timeout)
         try:
-            with letting_go():
-                self._run(
-                    "close",
-                    lambda: leave(self.store, self.rank, self.world_size, deadline),
-                    deadline,
-                )
+            self._run(
+                "close",
+                lambda: leave(self.store, self.rank, self.world_size, deadline),
+                deadline,
+            )
         finally:
             self._closed = True
+            # an error that is kept, as a notebook does, keeps these, but the store must end
+            for user in (self._barrier, self._mailbox, self._gathering):
+                vars(user).clear()
             del self.store, self._barrier, self._mailbox, self._gathering
             self._release_socket()
 
@@ -502,7 +541,8 @@ class StatelessProcessGroup:
         """Run ``function`` as the only call, and report which operation of which rank failed."""
         self._check_open(operation)
         try:
-            return self._calls.run(operation, function, deadline, unclaimed)
+            with letting_go():
+                return self._calls.run(operation, function, deadline, unclaimed)
         except DistError as error:
             raise StoreConnectionError(
                 f"{operation}: rank {self.rank} lost the store that rank 0 hosts, or found there "

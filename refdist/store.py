@@ -1,5 +1,7 @@
 """A TCPStore that listens on one address only, IPv4 or IPv6, and whose creation ends in time."""
 
+import errno
+import ipaddress
 import socket
 import threading
 import time
@@ -17,6 +19,7 @@ from refdist.waiting import Deadline
 
 DEFAULT_TIMEOUT = timedelta(seconds=300)
 _RETRY_SECONDS = 0.05
+_NOT_OF_THIS_MACHINE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
 def create_tcp_store(
@@ -62,26 +65,38 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: ``port`` is out of its range, or ``host`` is empty.
         OSError: ``host`` does not resolve or is not of this machine, or the port is taken.
     """
-    family, address = _resolve(host, port)[0]
+    candidates = _resolve(host, port)
+    for place, (family, address) in enumerate(candidates):
+        try:
+            return _listen(family, address)
+        except OSError as error:
+            # a name may have addresses of other machines, and of a family that this one lacks
+            if place + 1 < len(candidates) and error.errno in _NOT_OF_THIS_MACHINE:
+                continue
+            raise OSError(
+                error.errno,
+                f"cannot listen on host={host!r}, port={port}: {error.strerror}; rank 0 needs an "
+                f"address of its own machine and a free port, or port=0 for any",
+            ) from error
+    raise AssertionError("a host that resolves has an address")
+
+
+def _listen(family: socket.AddressFamily, address: Any) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         # a port that an ended group used may be taken again at once
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise OSError(
-            error.errno,
-            f"cannot listen on host={host!r}, port={port}: {error.strerror}; rank 0 needs an "
-            f"address of its own machine and a free port, or port=0 for any",
-        ) from error
+        raise
     return listener
 
 
 def serve(host: str, listener: socket.socket, timeout: timedelta, **kwargs: Any) -> TCPStore:
     """A TCPStore that listens on a duplicate of a bound socket. See ``create_tcp_store``."""
-    address, port = listener.getsockname()[:2]
+    address, port = _numeric(listener.getsockname()), listener.getsockname()[1]
     if port == 0:
         raise ValueError("listen_socket: is not bound to a port")
     listener.listen(1024)
@@ -95,6 +110,8 @@ def serve(host: str, listener: socket.socket, timeout: timedelta, **kwargs: Any)
             # with wait_for_workers, torch itself says what it waited for
             Deadline(timeout.total_seconds() + 1),
             f"the store on {host}:{port}",
+            "was opened here, but this process itself could not reach it; does a firewall close "
+            "the port?",
         )
     except (TypeError, NotImplementedError):
         # refused before the store took it
@@ -113,7 +130,10 @@ def connect(host: str, port: int, deadline: Deadline, **kwargs: Any) -> TCPStore
     address = _reach(host, port, deadline)
     # torch's own connection attempts cannot be interrupted; now the first one succeeds
     return _construct(
-        lambda: TCPStore(host_name=address, port=port, **kwargs), deadline, f"{host}:{port}"
+        lambda: TCPStore(host_name=address, port=port, **kwargs),
+        deadline,
+        f"{host}:{port}",
+        "accepted a connection, but did not answer as a torch store does",
     )
 
 
@@ -121,7 +141,9 @@ def _reach(host: str, port: int, deadline: Deadline) -> str:
     """The first numeric address of ``host`` on which something listens."""
     candidates = _resolve(host, port)
     reason: OSError | str = "nothing listens"
+    rounds = 0
     while True:
+        rounds += 1
         for family, address in candidates:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.settimeout(deadline.slice().total_seconds())
@@ -129,19 +151,24 @@ def _reach(host: str, port: int, deadline: Deadline) -> str:
                     probe.connect(address)
                     # a port that nobody listens on can, by chance, be connected to itself
                     if probe.getsockname() != probe.getpeername():
-                        return str(address[0])
+                        return _numeric(address)
+                except TimeoutError:
+                    reason = "nothing came back, as from a firewall or a dead link"
                 except OSError as error:
                     reason = error
         if deadline.remaining() == 0:
+            tried = ", ".join(_numeric(address) for _, address in candidates)
             raise StoreConnectionError(
                 f"no store answered on {host}:{port} within {round(deadline.allowed, 2):g} s "
-                f"(last: {reason}); is rank 0 running?"
+                f"(tried {tried}, {rounds} times; last: {reason}); is rank 0 running?"
             )
         time.sleep(_RETRY_SECONDS)
 
 
-def _construct(create: Callable[[], TCPStore], deadline: Deadline, where: str) -> TCPStore:
-    """Call a constructor that may block for ever on a peer that never answers.
+def _construct(
+    create: Callable[[], TCPStore], deadline: Deadline, where: str, silence: str
+) -> TCPStore:
+    """Call a constructor that may block for ever on a peer that never answers. ``silence`` says so.
 
     It runs in a thread of its own, so that this one gives up in time.
     """
@@ -162,8 +189,7 @@ def _construct(create: Callable[[], TCPStore], deadline: Deadline, where: str) -
     while not done.wait(deadline.slice().total_seconds()):
         if deadline.remaining() == 0:
             raise StoreConnectionError(
-                f"{where} accepted a connection, but did not answer as a torch store does within "
-                f"{round(deadline.allowed, 2):g} s"
+                f"{where} {silence} (waited {round(deadline.allowed, 2):g} s)"
             )
     if failure:
         if isinstance(failure[0], DistError):
@@ -173,7 +199,10 @@ def _construct(create: Callable[[], TCPStore], deadline: Deadline, where: str) -
 
 
 def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """The socket addresses of a host: family and what ``bind`` and ``connect`` take."""
+    """The socket addresses of a host: family and what ``bind`` and ``connect`` take.
+
+    Loopback addresses come last: a machine may have one for its own name, where no other finds it.
+    """
     if not isinstance(host, str) or not host:
         raise ValueError(f"host={host!r}: must name one address; '0.0.0.0' means all of IPv4")
     if not 0 <= check_integer("port", port) <= 65535:
@@ -184,7 +213,14 @@ def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
     except (socket.gaierror, UnicodeError) as error:
         code = error.errno if isinstance(error, socket.gaierror) else socket.EAI_NONAME
         raise socket.gaierror(code, f"host={host!r} does not resolve: {error}") from error
-    return [(family, address) for family, _, _, _, address in found]
+    addresses = [(family, address) for family, _, _, _, address in found]
+    return sorted(addresses, key=lambda found: ipaddress.ip_address(found[1][0]).is_loopback)
+
+
+def _numeric(address: Any) -> str:
+    """The host of a socket address; of a local one of a link, with the link."""
+    host, scope = str(address[0]), address[3] if len(address) == 4 else 0
+    return f"{host}%{scope}" if scope and "%" not in host else host
 
 
 def close_quietly(listener: socket.socket | None) -> None:

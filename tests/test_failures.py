@@ -835,7 +835,7 @@ def _check_host_stopped(processes, world_size, call, where, results):
             continue
         assert isinstance(error, StoreConnectionError), repr(error)
         assert re.match(
-            rf"{call}: the store did not answer, although the 1.5 s were over.*its host is stopped",
+            rf"{call}: the store did not answer, although the 1.5 s were over.*rank 0, is stopped",
             str(error),
         )
 

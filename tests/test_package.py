@@ -203,7 +203,7 @@ def test_errors_can_be_pickled(kind):
 
 LAYERS = [
     {"errors", "compat", "checks"},
-    {"waiting", "keys", "pipeline", "tensors", "phases", "seals"},
+    {"waiting", "keys", "pipeline", "tensors", "phases", "seals", "launched"},
     {"gates", "boxes", "calls", "store", "barrier_state", "backends"},
     {"barrier", "observer", "messages", "members"},
     {"rendezvous", "mailbox", "gathering"},
