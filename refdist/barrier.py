@@ -29,13 +29,17 @@ come past them by then.
 
 A rank that has waited for a second falls *asleep*: it says so in the state, and waits at a gate.
 Who confirms first sees the sleepers in the state, opens the gate, and says in the state that it
-has, because until then it needs the store.
+has, because until then it needs the store. Who is woken looks at the state: a gate that is open
+before there is an outcome was opened by someone who is no rank, and this breaks the barrier.
 
-Requests to the store: at most 9 a rank, of constant size, and one more for each second of waiting.
+Requests to the store: at most 10 a rank, of constant size, and one more for each second of waiting.
 With ``Store.barrier``, and nobody asleep, 3 a rank, 4 for the last to leave, and 6 for rank 0. When
-a barrier breaks, at most 12 a rank; 15 for the one that breaks it, and one more for each rank that
-falls asleep meanwhile. In the next complete barrier rank 0 deletes the 16 keys of the epoch.
+a barrier breaks, at most 13 a rank; 15 for the one that breaks it, and one more for each rank that
+falls asleep meanwhile. In the next complete barrier rank 0 deletes the 16 keys of the epoch, and
+in the barrier after a gather of large objects each rank deletes the chunks of its own.
 """
+
+from collections.abc import Sequence
 
 from torch.distributed import Store
 
@@ -54,7 +58,7 @@ from refdist.barrier_state import (
 )
 from refdist.boxes import Boxes
 from refdist.errors import AuthenticationError, BarrierError, name_ranks
-from refdist.gates import Gates, gates_of
+from refdist.gates import Gates, MeddledGateError, gates_of
 from refdist.phases import Record, phase
 from refdist.seals import NO_SEALS, NoSeals
 from refdist.waiting import CancelledWaitError, Deadline, peek, set_several
@@ -83,6 +87,7 @@ class Barrier:
         self._in_epoch = 0  # barriers since the epoch began
         self._used: keys.Slot | None = None  # of the barrier before, in the same epoch
         self._old_keys: list[str] = []  # that rank 0 deletes after the next complete barrier
+        self._past: list[str] = []  # that this rank deletes when all have arrived at the next one
 
     @property
     def generation(self) -> int:
@@ -142,6 +147,13 @@ class Barrier:
         roll = self._meet(timeout, record, each_phase, value)
         return read_roll(roll or b"", generation, self._world_size, self.seals, roll_key)
 
+    def delete_in_next(self, some_keys: Sequence[str]) -> None:
+        """Delete keys when all ranks have arrived at the next barrier. One request each, and one.
+
+        What this rank wrote for the others to read after one barrier, they have read by then.
+        """
+        self._past += some_keys
+
     def _meet(
         self,
         timeout: float | Deadline,
@@ -162,10 +174,14 @@ class Barrier:
             self._store.append(slot.roll, signature)  # type: ignore[attr-defined]
             give_up, mark = None, State.mark(self._rank)
             try:
-                over, awake = self._arrive(slot, deadline)
+                over, awake = self._arrive(slot, generation, deadline)
                 mark -= awake
                 if not over and not self._all_here(slot):
                     give_up = "its time was up"
+                elif self._past:
+                    self._delete_past(slot, generation, deadline)
+            except MeddledGateError as error:
+                give_up = str(error)
             except CancelledWaitError as error:
                 cancelled, give_up = error, f"of {error}"
 
@@ -189,11 +205,14 @@ class Barrier:
             self._depart(slot, state, generation, deadline, cancelled)
         return roll
 
-    def _arrive(self, slot: keys.Slot, deadline: Deadline) -> tuple[bool, int]:
+    def _arrive(self, slot: keys.Slot, generation: int, deadline: Deadline) -> tuple[bool, int]:
         """Wait until there is an outcome: all have arrived, or someone broke the barrier.
 
         Returns:
             Whether there is one, and what this rank has added to the state and must take back.
+
+        Raises:
+            MeddledGateError: a gate says what no rank can have said there.
         """
         if self._gates.count_in(slot.arrived, self._world_size, deadline):
             return True, 0
@@ -201,7 +220,24 @@ class Barrier:
         if state.broken or state.left > 0:
             return True, ASLEEP
         # whoever confirms first sees the sleeper, and opens the gate
-        return self._gates.wait(slot.wake, deadline), 0
+        if not self._gates.wait(slot.wake, deadline):
+            return False, 0
+        state = self._look(slot, generation)
+        if not state.broken and state.left == 0:
+            raise MeddledGateError(f"{slot.wake} was opened by no rank")
+        return True, 0
+
+    def _look(self, slot: keys.Slot, generation: int) -> State:
+        return read_state(peek(self._store, slot.state) or b"", generation, self._world_size)
+
+    def _delete_past(self, slot: keys.Slot, generation: int, deadline: Deadline) -> None:
+        # who breaks a barrier says so before it lets the others go on
+        if self._look(slot, generation).broken:
+            return
+        while self._past:
+            self._store.delete_key(self._past[-1])
+            self._past.pop()
+            deadline.store_answers()
 
     def _all_here(self, slot: keys.Slot) -> bool:
         """Whether the last has arrived without saying so, because it is slow or died there."""
@@ -281,6 +317,7 @@ class Barrier:
             while self._old_keys:
                 self._store.delete_key(self._old_keys[-1])
                 self._old_keys.pop()
+                deadline.store_answers()
         if cancelled is not None:
             raise cancelled
 
@@ -294,8 +331,7 @@ class Barrier:
 
     def _check_departures(self, slot: keys.Slot, generation: int, deadline: Deadline) -> None:
         """Raise, naming who did not leave; unless all did, and the last could not say so."""
-        found = peek(self._store, slot.state) or b""
-        state = read_state(found, generation, self._world_size)
+        state = self._look(slot, generation)
         count = self._world_size - state.left
         if count == 0:
             return

@@ -23,8 +23,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
-from torch.distributed import DistError, Store, TCPStore
+from torch.distributed import DistError, Store
 
+from refdist.compat import tcp_store_of
 from refdist.errors import ConcurrentCallError, StoreConnectionError
 from refdist.waiting import ANSWER_SECONDS, Deadline
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 _WATCH_SECONDS = 0.25
 # signal.signal looks every handler up in an enum, which would take longer than all else here
-_set_handler = _signal.signal
+_set_handler, _get_handler = _signal.signal, _signal.getsignal
 _SIGINT = int(signal.SIGINT)
 _MAIN_THREAD = threading.main_thread()
 
@@ -104,7 +105,7 @@ class Calls:
             other, thread = self._what
             raise ConcurrentCallError(
                 f"{what}: {other} is running in thread {thread}; a group is for one thread at a "
-                f"time, so form a group for each thread"
+                f"time, so create a group for each thread"
             )
         try:
             self._what = what, threading.get_ident()
@@ -139,19 +140,21 @@ class _Interrupt:
 
     def hold(self) -> None:
         # only the main thread gets signals, and only it may set a handler
-        if threading.get_ident() != _MAIN_THREAD.ident:
+        if threading.get_ident() != _MAIN_THREAD.ident or _get_handler(_SIGINT) is None:
+            # or the signal belongs to code that is not Python, and cannot be set back
             return
         handler = _set_handler(_SIGINT, self._handle)
         if callable(handler):
             self._handler = handler
         else:
-            # SIGINT is ignored, or ends the process, or belongs to code that is not Python
+            # SIGINT is ignored, or ends the process
             _set_handler(_SIGINT, handler)
         if self._came_early:
             signal.raise_signal(_SIGINT)
 
     def let_go(self) -> None:
-        if self._handler is not None:
+        # a handler may have set another one
+        if self._handler is not None and _get_handler(_SIGINT) == self._handle:
             _set_handler(_SIGINT, self._handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -198,7 +201,13 @@ _watchdog = _Watchdog()
 def _connection_of(store: Store) -> int | None:
     """The socket with which a store speaks to a server in another process, if it can be told.
 
+    All groups on prefixes of one store share it, and are lost together.
+
     torch shows it in the text of the store alone, in the same way on 2.6, 2.13 and 2.15.
     """
-    found = re.search(r"fd=(\d+).*server=<nullptr>", repr(store))
-    return int(found[1]) if found and isinstance(store, TCPStore) else None
+    try:
+        tcp_store = tcp_store_of(store)
+    except ValueError:
+        return None
+    found = re.search(r"fd=(\d+).*server=<nullptr>", repr(tcp_store))
+    return int(found[1]) if found else None

@@ -21,6 +21,10 @@ OPEN = 1 << 62
 """The count of an open gate. No number of ranks reaches it by arriving."""
 
 
+class MeddledGateError(Exception):
+    """A gate says what no rank can have said there."""
+
+
 class Gates(Protocol):
     """The gates of one store, as ``Barrier`` uses them.
 
@@ -36,6 +40,9 @@ class Gates(Protocol):
 
         Returns:
             Whether the gate is open. It may take a slice of waiting to know.
+
+        Raises:
+            MeddledGateError: it counts more, where the kind of gate can tell.
         """
 
     def open(self, key: str) -> None:
@@ -95,7 +102,10 @@ class KeyGates:
 
     def count_in(self, key: str, world_size: int, deadline: Deadline) -> bool:
         """One request, which does not wait."""
-        return self._store.add(key, 1) >= world_size
+        count = self._store.add(key, 1)
+        if world_size < count < OPEN:
+            raise MeddledGateError(f"{key} counts {count} of {world_size} ranks")
+        return count >= world_size
 
     def open(self, key: str) -> None:
         """One request, without an answer."""

@@ -1,7 +1,8 @@
 """A gather: a barrier to which each rank brings an object.
 
 Small objects are written on the roll of the barrier. Of a large one the roll holds the lengths, and
-the chunks have keys of their own, which the ranks read between this barrier and a second one.
+the chunks have keys of their own, which the ranks read after the barrier. Each rank deletes its own
+in the next barrier, when all have arrived there and so have read them.
 """
 
 from contextlib import suppress
@@ -31,7 +32,6 @@ class Gathering:
         self._boxes = Boxes(store, barrier.seals)
         self._rank = rank
         self._barrier = barrier
-        self._written: list[str] = []  # chunks, to delete when everyone has read them
 
     def gather(
         self,
@@ -50,27 +50,24 @@ class Gathering:
             MessageError: the roll holds what no rank writes.
         """
         number = self._barrier.generation
+        written: list[str] = []
         if isinstance(encoded, Exception):
             value = messages.failure(f"rank {self._rank} had no object to give: {encoded!r}")
         else:
             value = encoded.value
             own_key = keys.gathered_value(self._rank, number)
-            self._written += messages.chunk_keys(own_key, messages.lengths_of(value))
+            written = messages.chunk_keys(own_key, messages.lengths_of(value))
             with suppress(CancelledWaitError):  # which the barrier raises too, and so breaks
                 messages.write_chunks(self._boxes, own_key, encoded, deadline)
-        values = self._barrier.gather(value, deadline, record)
-        found = [
+        try:
+            values = self._barrier.gather(value, deadline, record)
+        finally:
+            # who comes to the next barrier has read them, or never will
+            self._barrier.delete_in_next(written)
+        return [
             obj if rank == self._rank else self._read(rank, number, theirs, deadline)
             for rank, theirs in enumerate(values)
         ]
-        if any(map(messages.lengths_of, values)):
-            # the chunks must stay, and the store too, until everyone has read them
-            deadline.restart()
-            self._barrier.wait(deadline, record)
-        for key in self._written:
-            self._boxes.empty(key)
-        self._written.clear()
-        return found
 
     def _read(self, rank: int, number: int, value: bytes, deadline: Deadline) -> Any | Unusable:
         try:

@@ -43,7 +43,8 @@ class Slot:
     Attributes:
         roll: who has arrived, and what each brings to a gather. Appended to by every rank.
         arrived: how many have arrived. Counted up by every rank.
-        state: who knows the outcome, and whether it is "broken". See ``refdist.barrier``.
+        state: who knows the outcome, as a number, negative if it is "broken". See
+            ``refdist.barrier``.
         wake: the gate at which those wait who wait long. Opened by the first to know the outcome.
         left: the gate at which rank 0 waits for the others to leave. Opened by the last of them.
     """
@@ -99,10 +100,7 @@ def broadcast_readers(source: int, number: int) -> str:
 
 
 def gathered_value(rank: int, number: int) -> str:
-    """A large value that a rank gave to a gather. Deleted by it when everyone has read it.
-
-    If the gather broke, it is deleted with that of a later one.
-    """
+    """A large value that a rank gave to a gather. Deleted by it in the next barrier or gather."""
     return f"gather/{rank}/{number}"
 
 

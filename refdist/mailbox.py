@@ -20,7 +20,7 @@ from refdist.errors import (
     MessageExpiredError,
     MessageTimeoutError,
 )
-from refdist.waiting import CancelledWaitError, Deadline
+from refdist.waiting import Deadline
 
 
 class Mailbox:
@@ -76,7 +76,7 @@ class Mailbox:
             CancelledWaitError: the deadline was cancelled.
         """
         try:
-            value = self._half_read.pop(box, None) or self._boxes.take(box, deadline)
+            value = self._half_read.get(box) or self._boxes.take(box, deadline)
         except AuthenticationError:
             consume(b"")
             raise
@@ -86,38 +86,53 @@ class Mailbox:
                 f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
                 [src],
             )
+        # until it is of no more use, whatever ends this call
+        self._half_read[box] = value
         try:
             obj = messages.read(self._boxes, key, value, deadline)
-        except CancelledWaitError:
-            self._half_read[box] = value
-            raise
         except MessageTimeoutError as error:
-            self._half_read[box] = value
             text = f"rank {self._rank} waited in vain for the rest from rank {src}: {error}"
             raise MessageTimeoutError(text, [src]) from None
         except MessageError as error:
+            del self._half_read[box]
             consume(None if isinstance(error, MessageExpiredError) else value)
             raise
+        del self._half_read[box]
         consume(value)
         return obj
 
-    def delete(self, some_keys: Sequence[str]) -> None:
+    def delete(self, some_keys: Sequence[str], deadline: Deadline) -> None:
         """Delete keys, each in one request."""
         for key in some_keys:
             self._boxes.empty(key)
+            deadline.store_answers()
 
-    def expire(self, seconds: float) -> None:
-        """Expire what was sent more than ``seconds`` ago and is unread."""
+    def expire(self, seconds: float, deadline: Deadline, at_most: int | None = None) -> None:
+        """Expire what was sent more than ``seconds`` ago and is unread.
+
+        Args:
+            seconds: how long what was sent stays.
+            deadline: as the store answers each time, only an interrupt ends this before the end.
+            at_most: how many entries to look at, not to be interrupted; None for all.
+
+        Raises:
+            CancelledWaitError: the deadline was cancelled. What is left expires the next time.
+        """
         oldest_kept = time.monotonic() - seconds
-        while self._entries and self._entries[0][1] < oldest_kept:
+        looked_at = 0
+        while self._entries and self._entries[0][1] < oldest_kept and looked_at != at_most:
+            if at_most is None:
+                deadline.slice()
+            looked_at += 1
             key, _ = self._entries.popleft()
             if key in self._large:
-                self._expire_large(key, *self._large.pop(key), seconds)
+                self._expire_large(key, *self._large.pop(key), seconds, deadline)
             else:
                 self._boxes.replace(key, messages.expired(seconds))
+            deadline.store_answers()
 
     def _expire_large(
-        self, key: str, copies: list[str], chunk_keys: list[str], seconds: float
+        self, key: str, copies: list[str], chunk_keys: list[str], seconds: float, deadline: Deadline
     ) -> None:
         for copy in copies:
             self._boxes.replace(copy, messages.expired(seconds))
@@ -125,7 +140,10 @@ class Mailbox:
             # a broadcast
             number = int(key.rpartition("/")[2])
             self._boxes.empty(keys.broadcast_readers(self._rank, number))
-        there = [self._boxes.empty(chunk_key) for chunk_key in chunk_keys]
-        if any(there):
+        there = False
+        for chunk_key in chunk_keys:
+            there |= self._boxes.empty(chunk_key)
+            deadline.store_answers()
+        if there:
             # someone may be reading them
             messages.write_expired(self._boxes, key, seconds)

@@ -20,6 +20,20 @@ GONE = b"gone"
 """Stands in place of what a rank wrote about itself, once it has left."""
 
 
+class _Process:
+    """Tells this process from all others, also from one with its number on a host of its name."""
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.token = os.urandom(8).hex()
+
+
+_process = _Process()
+
+
 class LeftoverStoreError(Exception):
     """The store belongs to a group that is ending; that of the new group is still to come."""
 
@@ -38,8 +52,10 @@ def register(
         What rank 0 has written about itself.
     """
     seals = NO_SEALS if secret is None else Seals(secret, "member")
-    process = {"host": socket.gethostname(), "pid": os.getpid()}
-    me = process | {
+    me = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process": _process.token,
         "world_size": world_size,
         "store_barrier": has_store_barrier(store),
         "torch": str(torch.__version__),
@@ -60,7 +76,7 @@ def register(
                 f"rank {rank} is taken on {where} by someone with another secret, or none: {error}"
             ) from error
         taken = f"is taken on {where} by process {other.get('pid')} of {other.get('host')}"
-        if process.items() <= other.items():
+        if other.get("process") == _process.token:
             # this process was that rank before; a group of its own is no rival of the next one
             raise LeftoverStoreError(f"rank={rank}: {taken}, which is this one")
         raise ValueError(f"rank={rank}: {taken}; each rank of a group is one process")

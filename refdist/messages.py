@@ -143,17 +143,21 @@ def read(boxes: Boxes, key: str, value: bytes, deadline: Deadline) -> Any:
         MessageError: the value is no object, or what wrote it had none to give.
     """
     if value[:1] == _OBJECT:
-        return _unpickle(key, memoryview(value)[1:], [])
+        return _unpickle(key, memoryview(value)[1:], [], deadline)
     lengths = lengths_of(value)
     if not lengths:
         _raise_for(key, value, _OBJECT)
     payload, *parts = _read_parts(boxes, key, lengths, deadline)
-    return _unpickle(key, payload, parts)
+    return _unpickle(key, payload, parts, deadline)
 
 
-def _unpickle(key: str, payload: memoryview | bytearray, parts: list[bytearray]) -> Any:
+def _unpickle(
+    key: str, payload: memoryview | bytearray, parts: list[bytearray], deadline: Deadline
+) -> Any:
     try:
-        return pickle.loads(payload, buffers=parts)
+        # it may take long, to import what the object is made of, say
+        with deadline.away_from_store():
+            return pickle.loads(payload, buffers=parts)
     except Exception as error:
         raise MessageError(f"{key}: {len(payload)} bytes do not unpickle: {error!r}") from error
 

@@ -24,6 +24,7 @@ from refdist.checks import check_integer, check_rank, check_seconds
 from refdist.compat import tcp_store_of
 from refdist.errors import (
     BarrierError,
+    ConcurrentCallError,
     InsecureGroupWarning,
     MessageTimeoutError,
     StoreConnectionError,
@@ -41,6 +42,7 @@ from refdist.waiting import Deadline
 T = TypeVar("T")
 
 _GRACE_SECONDS = 1.0
+_EXPIRED_EACH = 64  # entries that a message may expire, besides as many as it adds
 
 
 @dataclass(eq=False)
@@ -53,11 +55,13 @@ class StatelessProcessGroup:
     A group touches nothing global, so a process may be in several groups at once, with a
     different rank in each. Make one with ``create``. All ranks call the collective methods
     (``barrier``, ``broadcast_obj``, ``all_gather_obj`` and those built on them) in the same order.
-    A group is for one thread at a time: a second one gets a ConcurrentCallError.
+    A group is for one thread at a time: a second one gets a ConcurrentCallError. Threads that wait
+    at the same time need a group each, with a store of its own, as ``create`` makes it: a store
+    serves one request of this process at a time.
 
-    Every method that waits can be interrupted (SIGINT), which ends it within two seconds, and the
-    group works afterwards. Every method ends in time. It raises StoreConnectionError when the store
-    is lost, and also when the store has not answered a second after the timeout, because the
+    Every method that waits can be interrupted (SIGINT), which ends it within about a second, and
+    the group works afterwards. Every method ends in time. It raises StoreConnectionError when the
+    store is lost, and also when the store has not answered a second after the timeout, because the
     process of rank 0 is stopped or out of reach. The group is lost then on this rank, and what the
     method began may still take place when rank 0 goes on.
 
@@ -79,7 +83,8 @@ class StatelessProcessGroup:
         recv_src_counter: messages received, for each source.
         broadcast_send_counter: broadcasts sent.
         broadcast_recv_src_counter: broadcasts received, for each source.
-        entries: what this rank has sent, as keys, and their times (monotonic), oldest first.
+        entries: what this rank has sent, as keys, and their times (monotonic), oldest first. What
+            was read stays among them until it is old enough to expire.
         events: set it to a list, and each phase of each barrier is appended as a PhaseEvent.
 
     Source: the specification of ``vllm.distributed.utils``.
@@ -236,6 +241,7 @@ class StatelessProcessGroup:
 
         Raises:
             BarrierError: on rank 0, when a rank did not leave in time. The group is closed.
+            ConcurrentCallError: another thread is in a call. The group is not closed.
         """
         if self._closed:
             return
@@ -246,13 +252,20 @@ class StatelessProcessGroup:
                 lambda: leave(self.store, self.rank, self.world_size, deadline),
                 deadline,
             )
-        finally:
-            self._closed = True
-            # an error that is kept, as a notebook does, keeps these, but the store must end
-            for user in (self._barrier, self._mailbox, self._gathering):
-                vars(user).clear()
-            del self.store, self._barrier, self._mailbox, self._gathering
-            self._release_socket()
+        except ConcurrentCallError:
+            raise
+        except BaseException:
+            self._end()
+            raise
+        self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        # an error that is kept, as a notebook does, keeps these, but the store must end
+        for user in (self._barrier, self._mailbox, self._gathering):
+            vars(user).clear()
+        del self.store, self._barrier, self._mailbox, self._gathering
+        self._release_socket()
 
     def __enter__(self) -> Self:
         return self
@@ -267,7 +280,7 @@ class StatelessProcessGroup:
             self.close()
             return
         # others may still have to read why, a broken barrier's outcome say; but they may be dead
-        with suppress(BarrierError):
+        with suppress(BarrierError, ConcurrentCallError):
             self.close(timeout=_GRACE_SECONDS)
 
     def barrier(self, timeout: float = 30.0) -> None:
@@ -330,7 +343,8 @@ class StatelessProcessGroup:
                 if value is None:
                     self.store.delete_key(keys.expired(key))
                 else:
-                    self._mailbox.delete(messages.chunk_keys(key, messages.lengths_of(value)))
+                    chunk_keys = messages.chunk_keys(key, messages.lengths_of(value))
+                    self._mailbox.delete(chunk_keys, deadline)
 
             return self._mailbox.receive(key, key, src, consume, deadline)
 
@@ -381,8 +395,14 @@ class StatelessProcessGroup:
                 self.broadcast_recv_src_counter[src] += 1
                 chunk_keys = messages.chunk_keys(key, messages.lengths_of(value or b""))
                 readers = keys.broadcast_readers(src, number)
-                if chunk_keys and self.store.add(readers, 1) == self.world_size - 1:
-                    self._mailbox.delete([*chunk_keys, readers])
+                if not chunk_keys:
+                    return
+                count = self.store.add(readers, 1)
+                if count == self.world_size - 1:
+                    self._mailbox.delete([*chunk_keys, readers], deadline)
+                elif count == 1 and not self.store.check(chunk_keys[:1]):
+                    # it expired just now, and so did the count of those who had read it
+                    self._mailbox.delete([readers], deadline)
 
             copy = keys.broadcast_copy(src, number, self.rank)
             return self._mailbox.receive(copy, key, src, consume, deadline)
@@ -393,7 +413,10 @@ class StatelessProcessGroup:
         """Give the object of each rank to every rank. It is a barrier that carries objects.
 
         As in a barrier, either every rank gets the objects or none does, a rank that comes late
-        raises at once, and the next gather works. Rank 0 returns last.
+        raises at once, and the next gather works. Two exceptions: rank 0 raises when another rank
+        got them but did not leave in time, and a rank that is interrupted raises that. Rank 0
+        leaves last, but large objects are read after that, so let it close the group before it
+        ends. They stay in the store until all ranks have arrived at the next barrier or gather.
 
         Args:
             obj: this rank's object.
@@ -435,7 +458,7 @@ class StatelessProcessGroup:
     def _send(
         self, key: str, copies: list[str], encoded: messages.Encoded, deadline: Deadline
     ) -> None:
-        self._mailbox.expire(self.data_expiration_seconds)
+        self._mailbox.expire(self.data_expiration_seconds, deadline, len(copies) + _EXPIRED_EACH)
         self._mailbox.send(key, copies, encoded, deadline)
 
     def _receive(
@@ -453,13 +476,16 @@ class StatelessProcessGroup:
     def expire_data(self) -> None:
         """Remove what this rank sent more than ``data_expiration_seconds`` ago and nobody read.
 
-        Who asks for it later gets a MessageExpiredError. Called by ``send_obj`` and
-        ``broadcast_obj``. Time is monotonic: changing the clock on the wall expires nothing.
+        Who asks for it later gets a MessageExpiredError. ``send_obj`` and ``broadcast_obj`` do
+        the same for the oldest, more than they add. Time is monotonic: changing the clock on the
+        wall expires nothing. One request for each that is old enough, also for those that were
+        read, because only the store knows.
         """
+        deadline = self._deadline("expire_data")
         self._run(
             "expire_data",
-            lambda: self._mailbox.expire(self.data_expiration_seconds),
-            self._deadline("expire_data"),
+            lambda: self._mailbox.expire(self.data_expiration_seconds, deadline),
+            deadline,
         )
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +35,7 @@ class Deadline:
         self._start = time.monotonic()
         self._cancelled: str | None = None
         self._answer_due = 0.0
+        self._away = False  # whether this rank does something else than wait for the store
         self.given_up = False  # whether the store went on saying nothing
 
     def elapsed(self) -> float:
@@ -49,13 +51,25 @@ class Deadline:
         self._start = time.monotonic()
 
     def store_answers(self) -> None:
-        """Note that the store has just answered, so what is left to do may take another second."""
+        """Note that the store answers, or so it seems: what is left may take another second."""
         self._answer_due = time.monotonic() + SLICE_SECONDS
 
     def patience(self) -> float:
         """Seconds until a store that has said nothing counts as gone; 0 or less if it does."""
+        if self._away:
+            return math.inf
         due = max(self._start + self.allowed, self._answer_due)
         return due + ANSWER_SECONDS - time.monotonic()
+
+    @contextmanager
+    def away_from_store(self) -> Iterator[None]:
+        """Around what takes its time in this process and asks the store nothing."""
+        self._away = True
+        try:
+            yield
+        finally:
+            self.store_answers()
+            self._away = False
 
     def cancel(self, reason: str) -> None:
         """Make the waits that end at this deadline raise CancelledWaitError, within a slice."""

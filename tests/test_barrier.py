@@ -788,19 +788,21 @@ class Requests:
 SEQUENCES = {
     # with counters, or without; and on rank 0, or on another
     (True, True): (
-        "append roll, barrier arrived, (add state, (barrier wake, )?)?add state"
+        "append roll, barrier arrived, (add state, (barrier wake, compare_set state, )?)?add state"
         "(, set wake, add state)?, multi_set wake, multi_set arrived(, barrier left)?"
     ),
     (True, False): (
-        "append roll, barrier arrived, (add state, (barrier wake, )?)?add state"
+        "append roll, barrier arrived, (add state, (barrier wake, compare_set state, )?)?add state"
         "(, set wake, add state)?(, set left)?"
     ),
     (False, True): (
-        "append roll, add arrived, (add state, (wait wake, )?)?add state(, set wake, add state)?"
+        "append roll, add arrived, (add state, (wait wake, compare_set state, )?)?"
+        "add state(, set wake, add state)?"
         "(, set left)?, delete_key wake, delete_key left, multi_set arrived(, wait left)?"
     ),
     (False, False): (
-        "append roll, add arrived, (add state, (wait wake, )?)?add state(, set wake, add state)?"
+        "append roll, add arrived, (add state, (wait wake, compare_set state, )?)?"
+        "add state(, set wake, add state)?"
         "(, set left)?"
     ),
 }
@@ -852,7 +854,7 @@ def _requests(world_size, native, asleep, secret=False):
 
 # Everyone comes at once. With counters nobody falls asleep, unless the machine is slow: 3 requests
 # a rank. 1 more for who leaves last; 2 more for rank 0, and another if it has to wait for that one.
-# With keys: 5 for the last to arrive, 4 or 5 for the others; 1 more for who leaves last; 3 more for
+# With keys: 5 for the last to arrive, 4 or 6 for the others; 1 more for who leaves last; 3 more for
 # rank 0, and another if it has to wait. A secret takes no more.
 
 
@@ -863,12 +865,12 @@ def test_requests(world_size, native, secret):
     for everyone in _requests(world_size, native, asleep=False, secret=secret):
         slow = native and any(words.count("add state") > 1 for words in everyone)
         for rank, words in enumerate(everyone):
-            counts = {3} if native else {5} if "set wake" in words else {4, 5}
+            counts = {3} if native else {5} if "set wake" in words else {4, 6}
             extra = int("set left" in words)
             if rank == 0:
                 extra += (2 if native else 3) + ("left" in words[-1])
             assert slow or len(words) - extra in counts
-            assert len(words) <= (9 if rank == 0 else 7)
+            assert len(words) <= (10 if rank == 0 else 7)
 
 
 # All but the last rank fall asleep before that one comes. It wakes them.
@@ -881,10 +883,11 @@ def test_requests_of_sleepers(world_size, native):
     for everyone in _requests(world_size, native, asleep=True):
         for rank, words in enumerate(everyone):
             assert ("set wake" in words) == (rank == world_size - 1)
-            expected = 5 + ("set left" in words)
+            # those who sleep look at the state when they are woken
+            expected = (6 if rank != world_size - 1 else 5) + ("set left" in words)
             if rank == 0:
                 expected += resets + ("left" in words[-1])
-            assert len(words) == expected <= 9
+            assert len(words) == expected <= 10
 
 
 # A barrier that breaks. Rank 0 breaks it: it looks up the roll, and lets the others read why. Rank
@@ -912,7 +915,11 @@ def test_requests_of_a_broken_barrier(native):
     gates = ["wake", "arrived"]
     opens = ", ".join(f"set {gate}" for gate in gates)
     comes = f"append roll, {arrive} arrived"
-    sleeps = f"(, add state(, {wait} wake)*{'' if native else '(, check wake)?'}(, get arrived)?)"
+    # rank 1 looks at the state when it is woken
+    sleeps = (
+        f"(, add state(, {wait} wake)*{'' if native else '(, check wake)?'}"
+        f"(, get arrived|, compare_set state)?)"
+    )
     learns = "add state, wait reason, compare_set reason"
     # it looks at the state once more if rank 1 falls asleep meanwhile
     assert re.fullmatch(
@@ -948,7 +955,7 @@ def test_requests_of_a_long_wait(native):
 def test_the_docstring_says_how_many_requests():
     import refdist.barrier
 
-    assert "Requests to the store: at most 9 a rank" in refdist.barrier.__doc__
+    assert "Requests to the store: at most 10 a rank" in refdist.barrier.__doc__
 
 
 # Many barriers with random timeouts. In each one some rank is late by a random time, often by just

@@ -480,7 +480,7 @@ def _check_message(world_size, dead, call, step, without, results):
             ("gather", "before"): ((), others),
             ("gather", "between its chunks"): ((), others),
             ("gather", "arrived"): ([r for r in others if r != 0], [0]),
-            ("gather", "between the others' chunks"): ((), others),
+            ("gather", "between the others' chunks"): (others, ()),
         }.get((call, step), ((), ()))
         if rank in misses:
             assert isinstance(result, MessageTimeoutError), f"{rank}: {result!r}"

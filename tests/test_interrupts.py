@@ -499,9 +499,10 @@ def _two_threads(here, native):
             "recv_obj": lambda: again.recv_obj(1, timeout=1),
             "send_obj": lambda: again.send_obj("obj", 1),
             "all_gather_obj": lambda: again.all_gather_obj("obj", timeout=1),
+            "close": lambda: again.close(timeout=1),
         }
         for name, call in calls.items():
-            text = f"^{name}: recv_obj is running in thread {thread.ident}; .* form a group for"
+            text = f"^{name}: recv_obj is running in thread {thread.ident}; .* create a group for"
             with pytest.raises(ConcurrentCallError, match=text):
                 call()
         here.tell("refused")
