@@ -146,6 +146,7 @@ class LocalEngines:
         self.view.push({"_settings": _SETTINGS, "_environment": self._environment}, block=True)
         self.view.execute(_PREPARE, block=True)
         self.offer_port()
+        self._show_in_rank_order()
 
     def _wait_for_engines(self, end: float) -> None:
         while True:
@@ -171,7 +172,6 @@ class LocalEngines:
         told = json.loads(Path(file).read_text())
         address = str(told["interface"]).rpartition("/")[2]
         return str(told["location"]) if address in {"*", "0.0.0.0"} else address
-        self._show_in_rank_order()
 
     def offer_port(self, rank: int = 0) -> None:
         """Bind a free port on one engine and tell all: ``host``, ``port`` and ``listen_socket``.

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +29,7 @@ from refdist import (
 )
 from refdist.boxes import Boxes
 from refdist.messages import CHUNK_BYTES
+from refdist.store import listen
 from refdist.waiting import peek
 
 SLACK = 6.0  # seconds that a slow machine may take beyond a protocol's own deadline
@@ -998,3 +999,33 @@ def _check_go_on(world_size, dead, results):
 def test_the_others_go_on():
     some = [(2, (1,)), (3, (1,)), (3, (2,)), (3, (1, 2)), (4, (2,)), (4, (1, 3)), (4, (1, 2, 3))]
     _check_cases(_go_on, _check_go_on, some, lambda _, dead: dead)
+
+
+# A group is closed while the error of its last barrier is kept, as a notebook keeps it. The store
+# ends all the same, so the next group forms at the same port.
+
+
+def _form_where_an_error_is_kept(here):
+    kept = []
+    for _ in range(2):
+        own = None
+        if here.rank == 0:
+            own = listen(LOCAL, here.ask("port") if kept else 0)
+            here.tell("port", own.getsockname()[1])
+        with own or nullcontext():
+            group = StatelessProcessGroup.create(
+                LOCAL, here.ask("port"), here.rank, 2, store_timeout=20, listen_socket=own
+            )
+        if here.rank == 0:
+            with pytest.raises(BarrierError, match="missing") as raised:
+                group.barrier(timeout=0.1)
+            kept.append(raised)
+        else:
+            kept.append(None)
+        here.meet(f"kept {len(kept)}")
+        group.close(timeout=20)
+    return True
+
+
+def test_a_kept_error_keeps_no_port():
+    assert run_ranks(_form_where_an_error_is_kept, 2) == [True, True]
