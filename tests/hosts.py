@@ -28,7 +28,6 @@ class Hosts:
     def __init__(self, count: int = 3) -> None:
         self._name = f"refdist-{os.getpid()}"
         self.count = count
-        self.folder = Path(f"/run/netns/{self._name}-names")
 
     def namespace(self, host: int | str) -> str:
         """The name of a host's namespace, or of the switch's."""
