@@ -141,6 +141,7 @@ def read(boxes: Boxes, key: str, value: bytes, deadline: Deadline) -> Any:
         MessageTimeoutError: its writer stopped in the middle of it.
         AuthenticationError: a chunk is not from its writer.
         MessageError: the value is no object, or what wrote it had none to give.
+        MemoryError: the parts find no room. It may be read again.
     """
     if value[:1] == _OBJECT:
         return _unpickle(key, memoryview(value)[1:], [], deadline)
@@ -202,7 +203,7 @@ def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) 
         chunk = _read_chunk(boxes, key, chunk_key, deadline)
         if not parts:
             # only now: lengths alone are no reason to take gigabytes
-            parts = _room_for(key, lengths)
+            parts = [bytearray(length) for length in lengths]
             views = [memoryview(part) for part in parts if part]
         if len(chunk) != min(left, CHUNK_BYTES):
             raise MessageError(f"{chunk_key}: holds {len(chunk)} bytes, not as many as it should")
@@ -213,14 +214,7 @@ def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) 
             views[0], chunk = views[0][fits:], chunk[fits:]
             if not views[0]:
                 del views[0]
-    return parts or _room_for(key, lengths)
-
-
-def _room_for(key: str, lengths: list[int]) -> list[bytearray]:
-    try:
-        return [bytearray(length) for length in lengths]
-    except MemoryError as error:
-        raise MessageError(f"{key}: {sum(lengths)} bytes find no room in memory") from error
+    return parts or [bytearray(length) for length in lengths]
 
 
 def _read_chunk(boxes: Boxes, key: str, chunk_key: str, deadline: Deadline) -> memoryview:

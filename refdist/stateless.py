@@ -331,6 +331,7 @@ class StatelessProcessGroup:
             MessageTimeoutError: nothing came; the next call waits for the same message.
             MessageExpiredError: the message expired before this call; the next call goes on.
             MessageError: what came is no object; the next call goes on.
+            MemoryError: there is no room for a large object; the next call tries it again.
         """
         src = self._check_peer("src", src)
         deadline = self._deadline("recv_obj", timeout)

@@ -1063,3 +1063,53 @@ def test_a_state_that_no_rank_wrote(state, native):
     store.set(FIRST.arrived, "2")
     with pytest.raises(BarrierError, match="barrier 0 has a state that no rank of refdist writes"):
         group.barrier(timeout=1)
+
+
+# A stranger opens the gate at which rank 0 waits, before there is an outcome. Nobody passes alone:
+# the barrier breaks, for rank 1 too, who comes later, and the next one works. With keys, a stranger
+# counts more ranks than there are: the same.
+
+
+def _meddled_with(rank, stores, stranger, gate, value, asleep, broken):
+    def before(request, key=None, *_):
+        if waits_at(FIRST.wake, request, key):
+            asleep.set()
+
+    group = StatelessProcessGroup(rank, 2, Watched(stores[rank], before))
+    if rank == 1:
+        if gate == FIRST.wake:
+            assert asleep.wait(20)
+            stranger.set(gate, value)
+        assert broken.wait(20)
+    elif gate == FIRST.arrived:
+        stranger.set(gate, value)
+        assert stranger.get(gate) == value.encode()
+    with pytest.raises(BarrierError) as caught:
+        group.barrier(timeout=20)
+    broken.set()
+    group.barrier(timeout=20)
+    return str(caught.value)
+
+
+def _meddle(native, gate, value):
+    stores = clients(3, native)
+    events = threading.Event(), threading.Event()
+    found = run_threads(_meddled_with, 2, stores, stores[2], gate, value, *events)
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("native", "value"),
+    [
+        pytest.param(True, str(1 << 62), marks=BOTH_KINDS.args[1][0].marks, id="counters"),
+        (False, str(1 << 62)),
+        (False, "garbage"),
+    ],
+)
+def test_a_gate_that_no_rank_opened(native, value):
+    assert f"{FIRST.wake} was opened by no rank" in _meddle(native, FIRST.wake, value)
+
+
+def test_a_count_that_is_too_high():
+    assert f"{FIRST.arrived} counts 10 of 2 ranks" in _meddle(False, FIRST.arrived, "9")

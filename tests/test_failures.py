@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from ranks import LOCAL, Watched, run_ranks, until, until_signed
+from torch.distributed import PrefixStore
 
 from refdist import (
     BarrierError,
@@ -849,6 +850,35 @@ def test_the_host_is_stopped(where):
     ]
     cases += [(5, 4, "barrier", where), (5, 4, "recv_obj", where)]
     _check_cases(_host_is_stopped, _check_host_stopped, cases)
+
+
+# The same for a group on a prefix of a store, which has the connection of that.
+
+
+def _host_is_stopped_below_a_prefix(here):
+    if here.rank == 2:
+        process = here.ask("process")
+        _stop(process)
+        here.tell("stopped")
+        here.ask("raised")
+        os.kill(process, signal.SIGCONT)
+        return None
+    group = here.group("first", members=[0, 1])
+    if here.rank == 0:
+        here.tell("process", os.getpid())
+        here.ask("raised")
+        return None
+    prefixed = StatelessProcessGroup(1, 2, PrefixStore("prefix", group.store))
+    here.ask("stopped")
+    result = _outcome(lambda: prefixed.barrier(TIMEOUT))
+    here.tell("raised")
+    return result
+
+
+def test_the_host_is_stopped_below_a_prefix():
+    error, seconds = run_ranks(_host_is_stopped_below_a_prefix, 3)[1]
+    assert isinstance(error, StoreConnectionError), repr(error)
+    assert seconds < TIMEOUT + PATIENCE + SLACK
 
 
 # The same while another rank waits in create for one that does not come; that one sends the

@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 
 import pytest
-from ranks import LOCAL, interrupt, run_ranks, second_group, until_signed
+from ranks import LOCAL, Watched, interrupt, run_ranks, second_group, until_signed
 from torch.distributed import HashStore
 
 from refdist import (
@@ -21,6 +21,7 @@ from refdist import (
     ConcurrentCallError,
     GroupCreationError,
     MessageError,
+    MessageTimeoutError,
     StatelessProcessGroup,
     compat,
     create_tcp_store,
@@ -629,3 +630,121 @@ def _break_inside_with(here, native):
 @BOTH_KINDS
 def test_everyone_learns_why_a_barrier_broke_before_rank_0_closes(native):
     assert run_ranks(_break_inside_with, 3, native) == [(2,), (2,), None]
+
+
+# SIGINT to one rank in a gather of large objects: as it reads the chunks, or as rank 0 resets the
+# keys before it leaves. It alone raises. The others have the objects, the next calls match, and no
+# chunk stays.
+
+
+def _interrupt_large_gather(here, native, victim, moment):
+    sent = []
+
+    def before(request, key=None, *_):
+        key = str(key[0] if isinstance(key, list) else key)
+        if moment == "reading":
+            now = request == "compare_set" and "/chunk/" in key
+        else:
+            now = request == "multi_set"
+        if now and here.rank == victim and not sent:
+            sent.append(key)
+            signal.raise_signal(signal.SIGINT)
+
+    with features(native), here.group() as group:
+        again = second_group(here, group, native, before)
+        again.barrier()
+        try:
+            outcome = [len(obj) for obj in again.all_gather_obj(bytes(LARGE), timeout=20)]
+        except KeyboardInterrupt:
+            outcome = "SIGINT"
+        gathered = again.all_gather_obj(here.rank, timeout=20)
+        chunks = [keys.chunk(keys.gathered_value(r, 1), 0) for r in range(here.world_size)]
+        left = [key for key in chunks if again.store.check([key])] if here.rank == 0 else []
+        again.barrier(timeout=20)
+        return outcome, gathered, left
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(
+    ("victim", "moment"), [(0, "reading"), (1, "reading"), (0, "leaving")], ids=str
+)
+def test_interrupts_one_rank_in_a_large_gather(victim, moment, native):
+    outcomes = [[LARGE] * 3] * 3
+    outcomes[victim] = "SIGINT"
+    results = run_ranks(_interrupt_large_gather, 3, native, victim, moment)
+    assert results == [(outcome, [0, 1, 2], []) for outcome in outcomes]
+
+
+# Rank 2 is slow to confirm a gather of large objects, and rank 0 gives up waiting for it to leave.
+# The others have the objects, and what they gather next is of the same round on all.
+
+
+def _slow_to_leave(here, native):
+    def before(request, key=None, amount=None, *_):
+        if here.rank == 2 and confirms(request, key, amount):
+            here.ask("rank 0 gave up")
+
+    with features(native), here.group() as group:
+        again = second_group(here, group, native, before)
+        try:
+            outcome = len(again.all_gather_obj(bytes(LARGE), timeout=1))
+        except MessageTimeoutError as error:
+            outcome = error.missing, "to leave" in str(error)
+            here.tell("rank 0 gave up")
+        rounds = [again.all_gather_obj((number, here.rank), timeout=20) for number in range(2)]
+        again.barrier(timeout=20)
+        return outcome, rounds
+
+
+@BOTH_KINDS
+def test_one_rank_is_slow_in_a_large_gather(native):
+    rounds = [[(number, rank) for rank in range(3)] for number in range(2)]
+    results = run_ranks(_slow_to_leave, 3, native)
+    assert results == [(((2,), True), rounds), (3, rounds), (3, rounds)]
+
+
+# SIGINT in expire_data: what is left expires the next time.
+
+
+def test_interrupts_expire_data():
+    deleted = []
+
+    def before(request, key=None, *_):
+        if request == "delete_key":
+            deleted.append(key)
+            if len(deleted) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    group = StatelessProcessGroup(0, 2, Watched(HashStore(), before), data_expiration_seconds=1)
+    group.entries.extend((f"message/0/1/{number}", 0.0) for number in range(10))
+    with pytest.raises(KeyboardInterrupt):
+        group.expire_data()
+    assert len(deleted) == 3 and len(group.entries) == 7
+    group.expire_data()
+    assert len(deleted) == 10 and not group.entries
+
+
+# A handler of SIGINT may set another one, as those do that end the process at the second signal.
+
+
+def test_a_handler_that_sets_another():
+    def first(number, frame):
+        signal.signal(signal.SIGINT, second)
+
+    def second(number, frame):
+        raise KeyboardInterrupt
+
+    def before(request, *_):
+        if request == "append":
+            signal.raise_signal(signal.SIGINT)
+
+    found = signal.signal(signal.SIGINT, first)
+    try:
+        group = StatelessProcessGroup(0, 1, Watched(HashStore(), before))
+        group.barrier(timeout=5)
+        assert signal.getsignal(signal.SIGINT) is second
+        with pytest.raises(KeyboardInterrupt):
+            group.barrier(timeout=5)
+        assert signal.getsignal(signal.SIGINT) is second
+    finally:
+        signal.signal(signal.SIGINT, found)

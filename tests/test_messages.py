@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -1705,3 +1706,98 @@ def test_reduction_of_tensors_that_differ():
     assert "from rank 1 came a tensor of shape (2,)" in first and "here it has shape (3,)" in first
     assert "from rank 0 came a tensor of shape (3,)" in second
     assert next_0 == next_1 == [2.0]
+
+
+# An object takes long to unpickle, as one does that must import a large module. That is no store
+# that says nothing: the object is received, and the group goes on.
+
+
+class SlowToUnpickle:
+    def __reduce__(self):
+        return _slowly, (7,)
+
+
+def _slowly(value):
+    time.sleep(2.5)  # more than the timeout, and what a store may take beyond it
+    return value
+
+
+def _unpickle_slowly(here):
+    with here.group() as group:
+        if here.rank == 0:
+            for size in (1, CHUNK_BYTES):
+                group.send_obj((SlowToUnpickle(), bytes(size)), 1)
+            group.send_obj("next", 1)
+            here.tell("sent")
+            return None
+        here.ask("sent")
+        return [group.recv_obj(0, timeout=0.5) for _ in range(3)]
+
+
+def test_an_object_that_is_slow_to_unpickle():
+    *slow, following = run_ranks(_unpickle_slowly, 2)[1]
+    assert slow == [(7, bytes(1)), (7, bytes(CHUNK_BYTES))] and following == "next"
+
+
+# A message finds no room in memory. The next call tries it again.
+
+
+def _out_of_memory(here):
+    with here.group() as group:
+        if here.rank == 0:
+            group.send_obj(bytes(128 << 20), 1)
+            group.send_obj("next", 1)
+            return None
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        now = pages * resource.getpagesize()
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), limits[1]))
+        try:
+            with pytest.raises(MemoryError):
+                group.recv_obj(0, timeout=20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+        return len(group.recv_obj(0, timeout=20)), group.recv_obj(0, timeout=20)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system has no /proc")
+def test_a_message_that_finds_no_room():
+    assert run_ranks(_out_of_memory, 2)[1] == (128 << 20, "next")
+
+
+# A large broadcast expires when a reader has its last chunk, but has not yet counted itself.
+
+
+def test_no_count_of_readers_stays():
+    server = create_tcp_store(LOCAL, 0, is_master=True)
+    clients = [create_tcp_store(LOCAL, server.port) for _ in range(3)]
+
+    def before(request, key=None, *_):
+        if request == "add" and "readers" in key:
+            time.sleep(0.02)  # until it is old enough
+            source.expire_data()
+
+    source = StatelessProcessGroup(0, 3, clients[0], data_expiration_seconds=0.01)
+    readers = [
+        StatelessProcessGroup(1, 3, clients[1]),
+        StatelessProcessGroup(2, 3, Watched(clients[2], before)),
+    ]
+    counts = set()
+    for _ in range(3):
+        source.broadcast_obj(bytes(CHUNK_BYTES), 0)
+        for reader in readers:
+            assert reader.broadcast_obj(None, 0, timeout=20) == bytes(CHUNK_BYTES)
+        counts.add(server.num_keys())
+    assert len(counts) == 1
+
+
+# A message expires a bounded number of others, more than it adds.
+
+
+def test_a_message_expires_some_of_many():
+    group = StatelessProcessGroup(0, 2, HashStore(), data_expiration_seconds=1)
+    group.entries.extend((f"message/0/1/{number}", 0.0) for number in range(1000))
+    group.send_obj("obj", 1)
+    assert 900 < len(group.entries) < 1000
+    group.expire_data()
+    assert [key for key, _ in group.entries] == ["message/0/1/0"]
