@@ -149,16 +149,19 @@ class LocalEngines:
         self._show_in_rank_order()
 
     def _wait_for_engines(self, end: float) -> None:
+        stopped = False
         while True:
             slice_seconds = max(0.0, min(1.0, end - time.monotonic()))
             try:
                 self.client.wait_for_engines(self.n, interactive=False, timeout=slice_seconds)
                 return
-            except TimeoutError:
+            except (TimeoutError, ipyparallel.error.EngineError) as error:
+                # ipyparallel sees it too, if it looks just then
+                stopped |= isinstance(error, ipyparallel.error.EngineError)
                 sets = self._cluster.engines.values()
                 # mpiexec; the launchers of other kinds have no process that lasts
                 starters = [one.process for one in sets if getattr(one, "process", None)]
-                over = any(not starter.is_running() for starter in starters)
+                over = stopped or any(not starter.is_running() for starter in starters)
                 if over or time.monotonic() >= end:
                     text = f"{len(self.client.ids)} of {self.n} engines have started"
                     text += ", and what started them has ended" if over else ""
