@@ -3,15 +3,17 @@
 A tag is the HMAC-SHA256 of a key of the store and of the value under it. The key of the HMAC comes
 from the secret and from what makes one group unlike all others. So nobody without the secret can
 make a tag; and one that was copied from another key or another group is wrong. A tag is checked in
-constant time, and before anything in the value is used: what it says is neither unpickled, nor
-parsed, nor believed about its own length.
+constant time, and before anything in the value is used: what it says is neither unpickled nor
+parsed, and no memory is set aside for it. Only the roll of a barrier, where many ranks sign, is cut
+at the lengths in it to find the tags.
 
 What tags do not do
     Whoever can reach the store can still read all values, for nothing is encrypted. They can delete
     keys, overwrite them, fill the memory of rank 0, or connect and never speak. And the store adds
     to counts itself, so counts carry no tag: those of a barrier, of the readers of a broadcast, of
-    the ranks that have left. Who changes them can break a barrier, or let ranks pass before all
-    have arrived. A gather is not passed so, because it needs the tag of every rank on the roll.
+    the ranks that have left. Nor do marks, such as ``gone``, which say no more than that they are
+    there. Who changes them can break a barrier, or let ranks pass before all have arrived. A gather
+    is not passed so, because it needs the tag of every rank on the roll.
 """
 
 import hashlib

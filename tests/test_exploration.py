@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 from mutants import MUTANTS
+from ranks import with_secret
 from torch.distributed import DistStoreError
 
 from refdist import (
@@ -456,9 +457,11 @@ def test_the_real_barrier_where_mutants_fail(config):
 # Gathering: a barrier that carries objects. All ranks get all objects, or none does.
 
 
-def gathers(rounds):
+def gathers(rounds, secret=False):
     def protocol(store, rank, world_size):
         group = StatelessProcessGroup(rank, world_size, store)
+        if secret:
+            with_secret(group)
 
         def gather(number):
             return group.all_gather_obj((number, rank), timeout=1.0)
@@ -492,12 +495,15 @@ def errors_are(*kinds):
 
 
 @BOTH_KINDS
-@pytest.mark.parametrize(("rounds", "timeouts", "crashes"), [(1, 1, 1), (3, 0, 0)])
-def test_gathering(rounds, timeouts, crashes, native):
+@pytest.mark.parametrize(
+    ("rounds", "timeouts", "crashes", "secret"),
+    [(1, 1, 1, False), (3, 0, 0, False), (1, 1, 1, True)],
+)
+def test_gathering(rounds, timeouts, crashes, secret, native):
     properties = [*REFDIST_BARRIER, everyone_gets_everything, errors_are(MessageTimeoutError)]
     with kind_of_gates(native):
         found = explore(
-            gathers(rounds), 2, properties,
+            gathers(rounds, secret), 2, properties,
             timeouts=timeouts, crashes=crashes,
         )  # fmt: skip
     assert found.counterexample is None and found.complete
