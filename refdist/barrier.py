@@ -206,7 +206,7 @@ class Barrier:
     def _all_here(self, slot: keys.Slot) -> bool:
         """Whether the last has arrived without saying so, because it is slow or died there."""
         count = self._store.get(slot.arrived)
-        return count.isdigit() and int(count) >= self._world_size
+        return count.isdigit() and len(count) < 20 and int(count) >= self._world_size
 
     def _confirm(self, slot: keys.Slot, generation: int, mark: int) -> State:
         """Add this rank's mark. The state as it is then holds the outcome."""

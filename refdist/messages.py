@@ -191,14 +191,14 @@ def _cut(parts: list[memoryview]) -> Iterator[bytes]:
 
 
 def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) -> list[bytearray]:
-    try:
-        parts = [bytearray(length) for length in lengths]
-    except MemoryError as error:
-        raise MessageError(f"{key}: {sum(lengths)} bytes find no room in memory") from error
-    views = [memoryview(part) for part in parts if part]
+    parts: list[bytearray] = []
     left = sum(lengths)
     for chunk_key in chunk_keys(key, lengths):
         chunk = _read_chunk(boxes, key, chunk_key, deadline)
+        if not parts:
+            # only now: lengths alone are no reason to take gigabytes
+            parts = _room_for(key, lengths)
+            views = [memoryview(part) for part in parts if part]
         if len(chunk) != min(left, CHUNK_BYTES):
             raise MessageError(f"{chunk_key}: holds {len(chunk)} bytes, not as many as it should")
         left -= len(chunk)
@@ -208,7 +208,14 @@ def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) 
             views[0], chunk = views[0][fits:], chunk[fits:]
             if not views[0]:
                 del views[0]
-    return parts
+    return parts or _room_for(key, lengths)
+
+
+def _room_for(key: str, lengths: list[int]) -> list[bytearray]:
+    try:
+        return [bytearray(length) for length in lengths]
+    except MemoryError as error:
+        raise MessageError(f"{key}: {sum(lengths)} bytes find no room in memory") from error
 
 
 def _read_chunk(boxes: Boxes, key: str, chunk_key: str, deadline: Deadline) -> memoryview:
@@ -216,7 +223,7 @@ def _read_chunk(boxes: Boxes, key: str, chunk_key: str, deadline: Deadline) -> m
     while (value := boxes.look(chunk_key)) is None:
         # it is still being written, or it has expired
         number, _, note = (boxes.look(keys.expired(key)) or b"").partition(b":")
-        if number.isdigit() and int(number) >= int(_number_of(key)):
+        if number.isdigit() and len(number) < 20 and int(number) >= int(_number_of(key)):
             _raise_for(key, note, _CHUNK)
         deadline.slice()
         moment = Deadline(min(deadline.remaining(), SLICE_SECONDS))

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import resource
 import signal
 import threading
 import time
@@ -26,7 +27,7 @@ from refdist import (
     create_tcp_store,
     keys,
 )
-from refdist.messages import CHUNK_BYTES, encode
+from refdist.messages import CHUNK_BYTES, MAX_BYTES, encode
 from refdist.waiting import peek
 
 SLACK = 6.0
@@ -1317,6 +1318,33 @@ def test_garbage_in_place_of_a_chunk(store, garbage, message):
     zero.broadcast_obj("next", 0)
     assert one.recv_obj(0) == one.broadcast_obj(None, 0) == "next"
     assert store.num_keys() == 0
+
+
+# The lengths of 4 GiB, and nothing that follows: the reader waits, but sets no memory aside.
+
+
+def _read_lengths_alone(here):
+    zero, one = groups_on(here.store("store"), 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    zero.store.set(keys.message(0, 1, 0), b"\x02" + MAX_BYTES.to_bytes(8, "little"))
+    with pytest.raises(MessageTimeoutError, match="message/0/1/0/chunk/0: its writer did not"):
+        one.recv_obj(0, timeout=0.5)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def test_lengths_alone_take_no_memory():
+    (kibibytes,) = run_ranks(_read_lengths_alone, 1)
+    assert kibibytes < 512 * 1024
+
+
+# A note of an expiry with a number that no integer has: it is not believed.
+def test_garbage_in_a_note(store):
+    zero, one = groups_on(store, 2)
+    zero.send_obj(bytes(3 * CHUNK_BYTES), 1)
+    store.delete_key(keys.chunk(keys.message(0, 1, 0), 1))
+    store.set(keys.expired(keys.message(0, 1, 0)), "9" * 5000 + ":")
+    with ending_in_time(), pytest.raises(MessageTimeoutError, match="chunk/1"):
+        one.recv_obj(0, timeout=0.3)
 
 
 # Garbage in the keys of the first gather and barrier, before anyone comes. Each rank raises a clear
