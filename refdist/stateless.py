@@ -37,7 +37,7 @@ from refdist.phases import PhaseEvent
 from refdist.rendezvous import leave, listening, meet
 from refdist.seals import VARIABLE, secret_from
 from refdist.tensors import check_cpu, check_like, fill, own_copy, reduction
-from refdist.waiting import Deadline
+from refdist.waiting import Deadline, check
 
 T = TypeVar("T")
 
@@ -401,7 +401,7 @@ class StatelessProcessGroup:
                 count = self.store.add(readers, 1)
                 if count == self.world_size - 1:
                     self._mailbox.delete([*chunk_keys, readers], deadline)
-                elif count == 1 and not self.store.check(chunk_keys[:1]):
+                elif count == 1 and not check(self.store, chunk_keys[:1]):
                     # it expired just now, and so did the count of those who had read it
                     self._mailbox.delete([readers], deadline)
 

@@ -117,6 +117,11 @@ def wait_for_keys(store: Store, keys: Sequence[str], deadline: Deadline) -> bool
     """
     if wait_in_slices(lambda seconds: store.wait(list(keys), seconds), deadline):
         return True
+    return check(store, keys)
+
+
+def check(store: Store, keys: Sequence[str]) -> bool:
+    """Whether every key exists: one request, which does not wait."""
     # torch 2.6 does not annotate it
     found: bool = store.check(list(keys))  # type: ignore[attr-defined, unused-ignore]
     return found
