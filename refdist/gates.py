@@ -7,6 +7,9 @@ kinds, with the same methods, because stores differ:
   ``set``, which waits for no answer.
 * With ``Store.wait``, which every store has, a gate is open when its key exists. Closing it takes a
   ``delete_key``, which waits for an answer.
+
+The store adds to a count itself, so no rank can sign it. A count that a stranger has forged lets
+ranks pass if it might be true; a value that is no number ends the connection of who counts there.
 """
 
 from collections.abc import Sequence

@@ -65,14 +65,15 @@ class Mailbox:
         """Take the next object of ``src`` out of its box; the chunks of a large one are under key.
 
         ``consume`` gets what was in the box, or None if that has expired, or nothing if that was
-        refused, once it is of no more use. A timeout or an interrupt in the chunks leaves it for
-        the next call.
+        refused, once it is of no more use. A timeout, an interrupt or a lack of room for the chunks
+        leaves it for the next call.
 
         Raises:
             MessageTimeoutError: it did not come in time, or not all of it.
             MessageExpiredError: it expired before this call.
             AuthenticationError: it is not from ``src``.
             MessageError: it is no object.
+            MemoryError: there is no room for it now.
             CancelledWaitError: the deadline was cancelled.
         """
         try:

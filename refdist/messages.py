@@ -201,12 +201,12 @@ def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) 
     left = sum(lengths)
     for chunk_key in chunk_keys(key, lengths):
         chunk = _read_chunk(boxes, key, chunk_key, deadline)
+        if len(chunk) != min(left, CHUNK_BYTES):
+            raise MessageError(f"{chunk_key}: holds {len(chunk)} bytes, not as many as it should")
         if not parts:
             # only now: lengths alone are no reason to take gigabytes
             parts = [bytearray(length) for length in lengths]
             views = [memoryview(part) for part in parts if part]
-        if len(chunk) != min(left, CHUNK_BYTES):
-            raise MessageError(f"{chunk_key}: holds {len(chunk)} bytes, not as many as it should")
         left -= len(chunk)
         while chunk:
             fits = min(len(views[0]), len(chunk))

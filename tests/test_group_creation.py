@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import LOCAL, run_ranks, run_threads
+from ranks import LOCAL, Watched, run_ranks, run_threads
 from torch.distributed import HashStore, PrefixStore
 
 from refdist import (
@@ -324,7 +324,10 @@ def test_host_of_another_machine():
 # other ranks miss rank 2.
 
 
-def _come_as(here, ranks):
+def _come_as(here, ranks, alike=False):
+    if alike:
+        os.getpid = lambda: 7
+        socket.gethostname = lambda: "worker"
     here.meet("start")
     with here.place("group") as (port, listener):
         try:
@@ -341,6 +344,14 @@ def test_a_rank_that_is_taken():
     assert "missing: rank 2" in in_time
     assert re.match(rf"rank=1: is taken on {LOCAL}:\d+ by process {holder} of ", refused)
     assert "each rank of a group is one process" in refused
+
+
+# Containers may have the same name, and processes in them the same number. They are not the same.
+def test_a_rank_that_is_taken_by_a_process_of_the_same_name_and_number():
+    _, *rivals = run_ranks(_come_as, 3, [0, 1, 1], True)
+    (_, in_time, _), (kind, refused, _) = sorted(rivals)
+    assert "missing: rank 2" in in_time
+    assert kind == "ValueError" and "by process 7 of worker; each rank of a group is" in refused
 
 
 # Rank 1 thinks that the group has 3 ranks, rank 0 that it has 2.
@@ -492,6 +503,29 @@ def test_an_error_in_the_block_is_not_hidden():
     assert time.monotonic() - start < SLACK
     with pytest.raises(ValueError, match="this group is closed"):
         group.barrier()
+
+
+# The same while another thread waits in a call: the group stays open, and that thread gets what it
+# waits for.
+def test_an_error_in_the_block_is_not_hidden_by_another_thread():
+    server = create_tcp_store(LOCAL, 0, is_master=True)
+    waits = threading.Event()
+    store = Watched(
+        create_tcp_store(LOCAL, server.port), lambda request, *_: request == "wait" and waits.set()
+    )
+    received = []
+    zero, one = StatelessProcessGroup(0, 2, server), StatelessProcessGroup(1, 2, store)
+    thread = threading.Thread(target=lambda: received.append(one.recv_obj(0)), daemon=True)
+    thread.start()
+    assert waits.wait(SLACK)
+    with pytest.raises(KeyError, match="mine"), one:
+        raise KeyError("mine")
+    zero.send_obj("comes", 1)
+    thread.join(2 * SLACK)
+    assert received == ["comes"]
+    one.close()
+    with pytest.raises(ValueError, match="this group is closed"):
+        one.barrier()
 
 
 # Groups on a store of the caller's.

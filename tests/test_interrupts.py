@@ -6,6 +6,7 @@ it is there. The waits, of which a call makes one a second, are where the call e
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -753,3 +754,28 @@ def test_a_handler_that_sets_another():
         assert signal.getsignal(signal.SIGINT) is second
     finally:
         signal.signal(signal.SIGINT, found)
+
+
+# SIGINT belongs to a function of C, which Python does not know: it goes on doing so.
+
+HANDLER_OF_C = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+handler = ctypes.cast(libc.abs, ctypes.c_void_p)
+libc.signal(2, handler)
+# as it begins, this module looks at what handles each signal
+del sys.modules["_signal"]
+import _signal
+import signal
+import subprocess
+assert signal.getsignal(signal.SIGINT) is None
+from torch.distributed import HashStore
+from refdist import StatelessProcessGroup
+StatelessProcessGroup(0, 1, HashStore()).barrier(timeout=5)
+assert libc.signal(2, handler) == handler.value
+"""
+
+
+def test_a_handler_that_is_not_from_python_stays():
+    subprocess.run([sys.executable, "-c", HANDLER_OF_C], check=True, timeout=60)
