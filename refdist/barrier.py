@@ -41,8 +41,6 @@ in the barrier after a gather of large objects each rank deletes the chunks of i
 
 from collections.abc import Sequence
 
-from torch.distributed import Store
-
 from refdist import keys
 from refdist.barrier_state import (
     ASLEEP,
@@ -57,6 +55,7 @@ from refdist.barrier_state import (
     write_reason,
 )
 from refdist.boxes import Boxes
+from refdist.client import StoreClient
 from refdist.errors import AuthenticationError, BarrierError, name_ranks
 from refdist.gates import Gates, MeddledGateError, gates_of
 from refdist.phases import Record, phase
@@ -73,7 +72,9 @@ class Barrier:
         seals: of what the ranks write about a barrier. Counts have none: ``refdist.seals``.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, seals: NoSeals = NO_SEALS) -> None:
+    def __init__(
+        self, store: StoreClient, rank: int, world_size: int, seals: NoSeals = NO_SEALS
+    ) -> None:
         if world_size > MAX_WORLD_SIZE:
             raise ValueError(f"world_size={world_size}: must be at most {MAX_WORLD_SIZE}")
         self.seals = seals
@@ -110,8 +111,8 @@ class Barrier:
         Raises:
             BarrierError: on every rank that entered, when a rank did not arrive in time; on rank
                 0 alone, with ``completed=True``, when a rank did not leave in time.
-            CancelledWaitError: on the rank whose deadline was cancelled. If the barrier was not
-                complete, it is broken for the others.
+            CancelledWaitError: on the rank whose deadline was cancelled. Unless ``generation``
+                has gone on, this rank has not been here, and the others wait until it comes again.
             torch.distributed.DistError: the store is lost, or holds what no rank wrote.
         """
         self._meet(timeout, record, each_phase, None)
@@ -142,10 +143,29 @@ class Barrier:
         """
         if not value:
             raise ValueError(f"value={value!r}: must have at least one byte")
-        generation = self._generation
-        roll_key = self._slots[self._in_epoch % keys.SLOTS].roll
-        roll = self._meet(timeout, record, each_phase, value)
-        return read_roll(roll or b"", generation, self._world_size, self.seals, roll_key)
+        values = self._meet(timeout, record, each_phase, value)
+        assert values is not None
+        return values
+
+    def break_off(self, reason: str) -> None:
+        """Break the next barrier, to which this rank will not come. ``reason`` says why.
+
+        The others, who may be waiting there, learn it at once. Up to 6 requests.
+        """
+        if self._world_size > 1:
+            self._break(self._slot, self._generation, Deadline(0), reason)
+            self._generation += 1
+            self._end_epoch()
+
+    def skip_broken(self) -> None:
+        """Go past the barriers that have broken without this rank, as if it had been there.
+
+        So ranks that have made different numbers of calls come together. One request, and one
+        more for each of them.
+        """
+        while (state := self._look(self._slot, self._generation)).broken:
+            self._generation += not state.again
+            self._end_epoch()
 
     def delete_in_next(self, some_keys: Sequence[str]) -> None:
         """Delete keys when all ranks have arrived at the next barrier. One request each, and one.
@@ -160,40 +180,30 @@ class Barrier:
         record: Record | None,
         each_phase: bool,
         value: bytes | None,
-    ) -> bytes | None:
-        """One barrier. Returns the roll, if this rank brought a value."""
+    ) -> list[bytes] | None:
+        """One barrier. Returns what the ranks brought, if this one brought a value."""
         deadline = timeout if isinstance(timeout, Deadline) else Deadline(timeout)
-        generation, slot = self._generation, self._slots[self._in_epoch % keys.SLOTS]
+        generation = self._generation
+        while True:
+            slot = self._slot
+            with phase("arrival", self._rank, generation, record):
+                deadline.check()
+                mark, give_up, cancelled = self._come(slot, generation, deadline, value or b"")
+            with phase("confirmation", self._rank, generation, record):
+                if give_up:
+                    self._break(slot, generation, deadline, give_up, again=cancelled is not None)
+                roll = None if value is None else peek(self._store, slot.roll)
+                state = self._confirm(slot, generation, mark)
+            if not state.again:
+                break
+            # a rank was interrupted, and has not been here; it may come again, and so do all others
+            self._end_epoch()
+            if cancelled is not None:
+                raise cancelled
+
         self._generation += 1
         self._in_epoch += 1
-        cancelled: CancelledWaitError | None = None
-        roll: bytes | None = None
-
-        with phase("arrival", self._rank, generation, record):
-            signature = sign(generation, self._rank, value or b"", self.seals, slot.roll)
-            self._store.append(slot.roll, signature)  # type: ignore[attr-defined]
-            give_up, mark = None, State.mark(self._rank)
-            try:
-                over, awake = self._arrive(slot, generation, deadline)
-                mark -= awake
-                if not over and not self._all_here(slot):
-                    give_up = "its time was up"
-                elif self._past:
-                    self._delete_past(slot, generation, deadline)
-            except MeddledGateError as error:
-                give_up = str(error)
-            except CancelledWaitError as error:
-                cancelled, give_up = error, f"of {error}"
-
-        with phase("confirmation", self._rank, generation, record):
-            if give_up is not None:
-                self._break(slot, generation, deadline, give_up)
-            if value is not None:
-                roll = peek(self._store, slot.roll)
-            state = self._confirm(slot, generation, mark)
-
         if state.broken:
-            deadline.store_answers()
             reason = keys.reason(self._epoch)
             self._end_epoch()
             if cancelled is not None:
@@ -202,8 +212,39 @@ class Barrier:
         with phase("departure", self._rank, generation, record):
             if each_phase:
                 deadline.restart()
-            self._depart(slot, state, generation, deadline, cancelled)
-        return roll
+            try:
+                self._depart(slot, state, generation, deadline, cancelled)
+            except CancelledWaitError as error:
+                error.completed = True
+                raise
+        if value is None:
+            return None
+        return read_roll(roll or b"", generation, self._world_size, self.seals, slot.roll)
+
+    def _come(
+        self, slot: keys.Slot, generation: int, deadline: Deadline, value: bytes
+    ) -> tuple[int, str, CancelledWaitError | None]:
+        """Sign, and wait until there is an outcome: all have arrived, or the barrier is broken.
+
+        Returns:
+            What this rank has to add to the state; why it gives up, if it does; and what has
+            interrupted it.
+        """
+        signature = sign(generation, self._rank, value, self.seals, slot.roll)
+        self._store.append(slot.roll, signature)
+        mark = State.mark(self._rank)
+        try:
+            over, awake = self._arrive(slot, generation, deadline)
+            mark -= awake
+            if not over and not self._all_here(slot, generation):
+                return mark, "its time was up", None
+            if self._past:
+                self._delete_past(slot, generation)
+        except MeddledGateError as error:
+            return mark, str(error), None
+        except CancelledWaitError as error:
+            return mark, f"of {error}", error
+        return mark, "", None
 
     def _arrive(self, slot: keys.Slot, generation: int, deadline: Deadline) -> tuple[bool, int]:
         """Wait until there is an outcome: all have arrived, or someone broke the barrier.
@@ -227,22 +268,26 @@ class Barrier:
             raise MeddledGateError(f"{slot.wake} was opened by no rank")
         return True, 0
 
+    @property
+    def _slot(self) -> keys.Slot:
+        """The keys of the next barrier."""
+        return self._slots[self._in_epoch % keys.SLOTS]
+
     def _look(self, slot: keys.Slot, generation: int) -> State:
         return read_state(peek(self._store, slot.state) or b"", generation, self._world_size)
 
-    def _delete_past(self, slot: keys.Slot, generation: int, deadline: Deadline) -> None:
+    def _delete_past(self, slot: keys.Slot, generation: int) -> None:
         # who breaks a barrier says so before it lets the others go on
         if self._look(slot, generation).broken:
             return
         while self._past:
             self._store.delete_key(self._past[-1])
             self._past.pop()
-            deadline.store_answers()
 
-    def _all_here(self, slot: keys.Slot) -> bool:
-        """Whether the last has arrived without saying so, because it is slow or died there."""
-        count = self._store.get(slot.arrived)
-        return count.isdigit() and len(count) < 20 and int(count) >= self._world_size
+    def _all_here(self, slot: keys.Slot, generation: int) -> bool:
+        """Whether the last has signed and no more, because it is slow or died there."""
+        roll = peek(self._store, slot.roll) or b""
+        return len(signed_by(roll, generation, self.seals, slot.roll)) == self._world_size
 
     def _confirm(self, slot: keys.Slot, generation: int, mark: int) -> State:
         """Add this rank's mark. The state as it is then holds the outcome."""
@@ -256,11 +301,17 @@ class Barrier:
             state = read_state(added, generation, self._world_size)
         return state
 
-    def _break(self, slot: keys.Slot, generation: int, deadline: Deadline, reason: str) -> None:
+    def _break(
+        self,
+        slot: keys.Slot,
+        generation: int,
+        deadline: Deadline,
+        reason: str,
+        again: bool = False,
+    ) -> None:
         """Break the barrier, unless a rank has confirmed it or broken it already."""
         elapsed = deadline.elapsed()
-        deadline.store_answers()
-        broken = str(State.broken_by(self._rank)).encode()
+        broken = str(State.broken_by(self._rank, again)).encode()
         found = peek(self._store, slot.state) or b""
         while True:
             state = read_state(found, generation, self._world_size)
@@ -272,16 +323,17 @@ class Barrier:
             # someone fell asleep meanwhile, which each rank does once
             found = answer
         # this rank alone comes here
-        roll = peek(self._store, slot.roll) or b""
-        here = signed_by(roll, generation, self.seals, slot.roll)
-        missing = [r for r in range(self._world_size) if r not in here]
-        why = write_reason(self._rank, reason, missing, elapsed, deadline.allowed)
-        self._boxes().put(keys.reason(self._epoch), why.encode())
+        if not again:
+            roll = peek(self._store, slot.roll) or b""
+            here = signed_by(roll, generation, self.seals, slot.roll)
+            missing = [r for r in range(self._world_size) if r not in here]
+            why = write_reason(self._rank, reason, missing, elapsed, deadline.allowed)
+            self._boxes().put(keys.reason(self._epoch), why.encode())
         self._gates.open(slot.wake)
         self._gates.open(slot.arrived)
 
     def _reason(self, key: str, generation: int) -> BarrierError:
-        """Why a barrier broke. The one who broke it may be just about to write that."""
+        """Why a barrier broke. The rank that broke it may be just about to write that."""
         try:
             why = self._boxes().wait(key, Deadline(_REASON_SECONDS))
         except AuthenticationError as error:
@@ -290,7 +342,17 @@ class Barrier:
                 phase="arrival",
                 generation=generation,
             )
-        return read_reason(why, generation, self._world_size)
+        broken = read_reason(why, generation, self._world_size)
+        if self._rank in broken.missing:
+            # this rank came late, and the others may have gone on
+            roll = peek(self._store, self._slot.roll) or b""
+            ahead = sorted(signed_by(roll, generation + 1, self.seals, self._slot.roll))
+            if ahead:
+                broken.add_note(
+                    f"{name_ranks(ahead)} came to barrier {generation + 1} already. If a rank has "
+                    f"made a call that others have not, call group.realign() on all of them."
+                )
+        return broken
 
     def _boxes(self) -> Boxes:
         return Boxes(self._store, self.seals)
@@ -317,7 +379,6 @@ class Barrier:
             while self._old_keys:
                 self._store.delete_key(self._old_keys[-1])
                 self._old_keys.pop()
-                deadline.store_answers()
         if cancelled is not None:
             raise cancelled
 
@@ -339,7 +400,7 @@ class Barrier:
             missing = [sum(range(self._world_size)) - state.left_sum]
         else:
             # a rank that has arrived at the next barrier has left this one
-            roll_key = self._slots[self._in_epoch % keys.SLOTS].roll
+            roll_key = self._slot.roll
             roll = peek(self._store, roll_key) or b""
             arrived = signed_by(roll, generation + 1, self.seals, roll_key)
             missing = [r for r in range(1, self._world_size) if r not in arrived]

@@ -19,7 +19,8 @@ class State(NamedTuple):
     """What the state of a barrier says: one integer, to which the store can add.
 
     From the lowest bit: 16 bits count the ranks that have left, 31 hold the sum of their numbers,
-    one says that the sleepers have been woken, and the rest counts them. Negative means broken.
+    one says that the sleepers have been woken, and the rest counts them. Negative means broken; the
+    bit of the sleepers says then that the ranks try again.
     """
 
     left: int
@@ -34,18 +35,23 @@ class State(NamedTuple):
         left, left_sum = value & (LEFT_SUM - 1), (value & (WOKEN - 1)) // LEFT_SUM
         return cls(left, left_sum, bool(value & WOKEN), value // ASLEEP, value < 0)
 
+    @property
+    def again(self) -> bool:
+        """Whether it is broken only because a rank was interrupted, and the others try again."""
+        return self.broken and self.woken
+
     @staticmethod
     def mark(rank: int) -> int:
         """What a rank adds to the state to confirm."""
         return LEFT + rank * LEFT_SUM
 
     @staticmethod
-    def broken_by(rank: int) -> int:
+    def broken_by(rank: int, again: bool) -> int:
         """The state that a rank writes to break the barrier.
 
         It is unlike any other rank's, whatever marks were added to that, as each counts in LEFT.
         """
-        return BROKEN + rank * LEFT_SUM
+        return BROKEN + rank * LEFT_SUM + (WOKEN if again else 0)
 
 
 def read_state(value: bytes | int, generation: int, world_size: int) -> State:

@@ -8,8 +8,7 @@ client that has waited for a queue stays listed there (seen on 2.13): the next p
 ends whatever the client waits for then, be it a barrier.
 """
 
-from torch.distributed import Store
-
+from refdist.client import StoreClient
 from refdist.seals import NO_SEALS, NoSeals
 from refdist.waiting import Deadline, peek, wait_for_value
 
@@ -20,14 +19,13 @@ class Boxes:
     What reads raises AuthenticationError for a value that has no such seal.
     """
 
-    def __init__(self, store: Store, seals: NoSeals = NO_SEALS) -> None:
+    def __init__(self, store: StoreClient, seals: NoSeals = NO_SEALS) -> None:
         self._store = store
         self._seals = seals
 
     def put(self, key: str, value: bytes) -> None:
         """Put a value into a box. One request, without an answer."""
-        sealed = self._seals.seal(key, value)
-        self._store.set(key, sealed)  # type: ignore[arg-type]  # takes bytes; annotated as str
+        self._store.set(key, self._seals.seal(key, value))
 
     def take(self, key: str, deadline: Deadline) -> bytes | None:
         """Wait for a value, and take it out. None when the deadline came first.

@@ -7,9 +7,7 @@ Every argument but the message has a default, so that an error can be pickled: i
 its message, and then gets its attributes.
 """
 
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
@@ -22,25 +20,11 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, head))} and {last}"
 
 
-@contextmanager
-def letting_go() -> Iterator[None]:
-    """Clear the variables of the functions that an error has left.
-
-    An error keeps them for as long as it is kept itself, and a notebook keeps the last one. A store
-    among them would go on to serve, and hold its port.
-    """
-    try:
-        yield
-    except BaseException as error:
-        link: BaseException | None = error
-        while link is not None:
-            traceback.clear_frames(link.__traceback__)
-            link = link.__cause__ or link.__context__
-        raise
-
-
 class StoreConnectionError(RuntimeError):
-    """The store cannot be reached, or no longer: rank 0 hosts it and may have left or died."""
+    """The store cannot be reached, or no longer: rank 0 hosts it and may have left or died.
+
+    Or an exception from outside has ended a call in the middle, and this rank has lost its group.
+    """
 
 
 class ConcurrentCallError(RuntimeError):
@@ -149,3 +133,18 @@ class MessageTimeoutError(MessageError):
 
 class MessageExpiredError(MessageError):
     """A message was removed before it was read, because its expiration time had passed."""
+
+
+class NoRoomError(MemoryError):
+    """There is no room for a large object now; it can be read again."""
+
+
+class UserCodeError(Exception):
+    """Carries what the user's code raised as an object was unpickled, and is no Exception.
+
+    It never reaches the caller, who gets ``original``: SystemExit, for example.
+    """
+
+    def __init__(self, original: BaseException) -> None:
+        super().__init__(repr(original))
+        self.original = original

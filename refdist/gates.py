@@ -15,8 +15,9 @@ ranks pass if it might be true; a value that is no number ends the connection of
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from torch.distributed import DistStoreError, Store, TCPStore
+from torch.distributed import DistStoreError, Store
 
+from refdist.client import StoreClient
 from refdist.compat import has_store_barrier, quiet
 from refdist.waiting import Deadline, set_several, wait_for_keys, wait_in_slices
 
@@ -42,7 +43,8 @@ class Gates(Protocol):
         """Add one to the count of a gate that opens by itself when the count is ``world_size``.
 
         Returns:
-            Whether the gate is open. It may take a slice of waiting to know.
+            Whether the gate is open. It may take a slice of waiting to know. No interrupt comes
+            between, so the count has this rank in any case.
 
         Raises:
             MeddledGateError: it counts more, where the kind of gate can tell.
@@ -67,14 +69,14 @@ class CounterGates:
 
     open_always = False
 
-    def __init__(self, store: TCPStore) -> None:
+    def __init__(self, store: StoreClient) -> None:
         self._store = store
 
     def count_in(self, key: str, world_size: int, deadline: Deadline) -> bool:
         """Arrive and wait, in one request; for a slice, because a second one would count again."""
         with quiet():
             try:
-                self._store.barrier(key, world_size, deadline.slice())  # type: ignore[attr-defined]
+                self._store.barrier(key, world_size, deadline.limit())
                 return True
             except DistStoreError:
                 return False
@@ -86,7 +88,7 @@ class CounterGates:
     def wait(self, key: str, deadline: Deadline) -> bool:
         """One request a slice."""
         return wait_in_slices(
-            lambda seconds: self._store.barrier(key, OPEN, seconds),  # type: ignore[attr-defined]
+            lambda seconds: self._store.barrier(key, OPEN, seconds),
             deadline,
         )
 
@@ -100,7 +102,7 @@ class KeyGates:
 
     open_always = True
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: StoreClient) -> None:
         self._store = store
 
     def count_in(self, key: str, world_size: int, deadline: Deadline) -> bool:
@@ -124,8 +126,8 @@ class KeyGates:
             self._store.delete_key(key)
 
 
-def gates_of(store: Store) -> Gates:
+def gates_of(store: StoreClient | Store) -> Gates:
     """The quickest kind of gate that a store allows."""
-    if has_store_barrier(store):
-        return CounterGates(cast(TCPStore, store))
-    return KeyGates(store)
+    native = has_store_barrier(store.store if isinstance(store, StoreClient) else store)
+    kind = CounterGates if native else KeyGates
+    return kind(cast(StoreClient, store))

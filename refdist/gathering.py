@@ -5,17 +5,15 @@ the chunks have keys of their own, which the ranks read after the barrier. Each 
 in the next barrier, when all have arrived there and so have read them.
 """
 
-from contextlib import suppress
 from typing import Any
-
-from torch.distributed import Store
 
 from refdist import keys, messages
 from refdist.barrier import Barrier
 from refdist.boxes import Boxes
+from refdist.client import StoreClient
 from refdist.errors import MessageError
 from refdist.phases import Record
-from refdist.waiting import CancelledWaitError, Deadline
+from refdist.waiting import Deadline
 
 
 class Unusable:
@@ -28,7 +26,7 @@ class Unusable:
 class Gathering:
     """The gathers of one group, one after the other, as one of its ranks sees them."""
 
-    def __init__(self, store: Store, rank: int, barrier: Barrier) -> None:
+    def __init__(self, store: StoreClient, rank: int, barrier: Barrier) -> None:
         self._boxes = Boxes(store, barrier.seals)
         self._rank = rank
         self._barrier = barrier
@@ -57,13 +55,18 @@ class Gathering:
             value = encoded.value
             own_key = keys.gathered_value(self._rank, number)
             written = messages.chunk_keys(own_key, messages.lengths_of(value))
-            with suppress(CancelledWaitError):  # which the barrier raises too, and so breaks
-                messages.write_chunks(self._boxes, own_key, encoded, deadline)
         try:
+            if not isinstance(encoded, Exception):
+                messages.write_chunks(self._boxes, own_key, encoded, deadline)
             values = self._barrier.gather(value, deadline, record)
         finally:
-            # who comes to the next barrier has read them, or never will
-            self._barrier.delete_in_next(written)
+            if self._barrier.generation > number:
+                # a rank that comes to the next barrier has read them, or never will
+                self._barrier.delete_in_next(written)
+            else:
+                # interrupted before all were there: the next gather has this number again
+                for key in written:
+                    self._boxes.empty(key)
         return [
             obj if rank == self._rank else self._read(rank, number, theirs, deadline)
             for rank, theirs in enumerate(values)

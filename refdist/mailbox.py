@@ -19,6 +19,7 @@ from refdist.errors import (
     MessageError,
     MessageExpiredError,
     MessageTimeoutError,
+    UserCodeError,
 )
 from refdist.waiting import Deadline
 
@@ -73,7 +74,8 @@ class Mailbox:
             MessageExpiredError: it expired before this call.
             AuthenticationError: it is not from ``src``.
             MessageError: it is no object.
-            MemoryError: there is no room for it now.
+            NoRoomError: there is no room for it now.
+            UserCodeError: its unpickling raised something that is no Exception.
             CancelledWaitError: the deadline was cancelled.
         """
         try:
@@ -94,7 +96,7 @@ class Mailbox:
         except MessageTimeoutError as error:
             text = f"rank {self._rank} waited in vain for the rest from rank {src}: {error}"
             raise MessageTimeoutError(text, [src]) from None
-        except MessageError as error:
+        except (MessageError, UserCodeError) as error:
             del self._half_read[box]
             consume(None if isinstance(error, MessageExpiredError) else value)
             raise
@@ -102,18 +104,17 @@ class Mailbox:
         consume(value)
         return obj
 
-    def delete(self, some_keys: Sequence[str], deadline: Deadline) -> None:
+    def delete(self, some_keys: Sequence[str]) -> None:
         """Delete keys, each in one request."""
         for key in some_keys:
             self._boxes.empty(key)
-            deadline.store_answers()
 
     def expire(self, seconds: float, deadline: Deadline, at_most: int | None = None) -> None:
         """Expire what was sent more than ``seconds`` ago and is unread.
 
         Args:
             seconds: how long what was sent stays.
-            deadline: as the store answers each time, only an interrupt ends this before the end.
+            deadline: only an interrupt ends this before the end.
             at_most: how many entries to look at, not to be interrupted; None for all.
 
         Raises:
@@ -123,17 +124,16 @@ class Mailbox:
         looked_at = 0
         while self._entries and self._entries[0][1] < oldest_kept and looked_at != at_most:
             if at_most is None:
-                deadline.slice()
+                deadline.check()
             looked_at += 1
             key, _ = self._entries.popleft()
             if key in self._large:
-                self._expire_large(key, *self._large.pop(key), seconds, deadline)
+                self._expire_large(key, *self._large.pop(key), seconds)
             else:
                 self._boxes.replace(key, messages.expired(seconds))
-            deadline.store_answers()
 
     def _expire_large(
-        self, key: str, copies: list[str], chunk_keys: list[str], seconds: float, deadline: Deadline
+        self, key: str, copies: list[str], chunk_keys: list[str], seconds: float
     ) -> None:
         for copy in copies:
             self._boxes.replace(copy, messages.expired(seconds))
@@ -144,7 +144,6 @@ class Mailbox:
         there = False
         for chunk_key in chunk_keys:
             there |= self._boxes.empty(chunk_key)
-            deadline.store_answers()
         if there:
             # someone may be reading them
             messages.write_expired(self._boxes, key, seconds)

@@ -8,9 +8,10 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch.distributed import DistError, Store
+from torch.distributed import DistError
 
 from refdist import keys
+from refdist.client import StoreClient
 from refdist.compat import has_store_barrier
 from refdist.errors import AuthenticationError, GroupCreationError, name_ranks
 from refdist.seals import NO_SEALS, VARIABLE, NoSeals, Seals, is_sealed
@@ -39,7 +40,7 @@ class LeftoverStoreError(Exception):
 
 
 def register(
-    store: Store,
+    store: StoreClient,
     rank: int,
     world_size: int,
     deadline: Deadline,
@@ -57,7 +58,7 @@ def register(
         "pid": os.getpid(),
         "process": _process.token,
         "world_size": world_size,
-        "store_barrier": has_store_barrier(store),
+        "store_barrier": has_store_barrier(store.store),
         "torch": str(torch.__version__),
         "token": os.urandom(8).hex(),
     }
@@ -84,7 +85,12 @@ def register(
 
 
 def _check_rank_0(
-    store: Store, rank: int, me: dict[str, Any], deadline: Deadline, where: str, seals: NoSeals
+    store: StoreClient,
+    rank: int,
+    me: dict[str, Any],
+    deadline: Deadline,
+    where: str,
+    seals: NoSeals,
 ) -> bytes:
     """Refuse to join a group whose rank 0 has another one in mind. Returns what it wrote."""
     written = wait_for_value(store, keys.member(0), deadline)
@@ -110,7 +116,9 @@ def _check_rank_0(
     return about_rank_0
 
 
-def _unseal_rank_0(store: Store, rank: int, written: bytes, where: str, seals: NoSeals) -> bytes:
+def _unseal_rank_0(
+    store: StoreClient, rank: int, written: bytes, where: str, seals: NoSeals
+) -> bytes:
     """What rank 0 has written about itself, if it has the same secret as this rank, or none.
 
     Raises:
@@ -141,7 +149,7 @@ def _read_member(written: bytes, rank: int, where: str) -> dict[str, Any]:
         ) from error
 
 
-def refused(store: Store, missing: Sequence[int]) -> str:
+def refused(store: StoreClient, missing: Sequence[int]) -> str:
     """Which missing ranks had come with another secret, as far as anyone can know."""
     ranks: list[int] = []
     with suppress(DistError):

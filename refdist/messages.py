@@ -23,7 +23,13 @@ import torch
 
 from refdist import keys
 from refdist.boxes import Boxes
-from refdist.errors import MessageError, MessageExpiredError, MessageTimeoutError
+from refdist.errors import (
+    MessageError,
+    MessageExpiredError,
+    MessageTimeoutError,
+    NoRoomError,
+    UserCodeError,
+)
 from refdist.waiting import SLICE_SECONDS, CancelledWaitError, Deadline
 
 CHUNK_BYTES = 256 * 2**10
@@ -104,7 +110,6 @@ def write_chunks(boxes: Boxes, key: str, encoded: Encoded, deadline: Deadline) -
             boxes.put(keys.chunk(key, index), failure(f"its writer stopped, because of {error}"))
             raise
         boxes.put(keys.chunk(key, index), chunk)
-        deadline.store_answers()
 
 
 def failure(reason: str) -> bytes:
@@ -141,7 +146,9 @@ def read(boxes: Boxes, key: str, value: bytes, deadline: Deadline) -> Any:
         MessageTimeoutError: its writer stopped in the middle of it.
         AuthenticationError: a chunk is not from its writer.
         MessageError: the value is no object, or what wrote it had none to give.
-        MemoryError: the parts find no room. It may be read again.
+        NoRoomError: the parts find no room. It may be read again.
+        UserCodeError: what is unpickled raised something that is no Exception.
+        CancelledWaitError: the deadline was cancelled. It may be read again.
     """
     if value[:1] == _OBJECT:
         return _unpickle(key, memoryview(value)[1:], [], deadline)
@@ -157,10 +164,17 @@ def _unpickle(
 ) -> Any:
     try:
         # it may take long, to import what the object is made of, say
-        with deadline.away_from_store():
-            return pickle.loads(payload, buffers=parts)
-    except Exception as error:
+        deadline.in_user_code = True
+        deadline.check()
+        return pickle.loads(payload, buffers=parts)
+    except BaseException as error:
+        deadline.in_user_code = False
+        deadline.check()  # an interrupt: the next call tries again
+        if not isinstance(error, Exception):
+            raise UserCodeError(error) from error
         raise MessageError(f"{key}: {len(payload)} bytes do not unpickle: {error!r}") from error
+    finally:
+        deadline.in_user_code = False
 
 
 def _raise_for(key: str, value: bytes, expected: bytes) -> None:
@@ -205,7 +219,7 @@ def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) 
             raise MessageError(f"{chunk_key}: holds {len(chunk)} bytes, not as many as it should")
         if not parts:
             # only now: lengths alone are no reason to take gigabytes
-            parts = [bytearray(length) for length in lengths]
+            parts = _make_room(lengths)
             views = [memoryview(part) for part in parts if part]
         left -= len(chunk)
         while chunk:
@@ -214,7 +228,14 @@ def _read_parts(boxes: Boxes, key: str, lengths: list[int], deadline: Deadline) 
             views[0], chunk = views[0][fits:], chunk[fits:]
             if not views[0]:
                 del views[0]
-    return parts or [bytearray(length) for length in lengths]
+    return parts or _make_room(lengths)
+
+
+def _make_room(lengths: list[int]) -> list[bytearray]:
+    try:
+        return [bytearray(length) for length in lengths]
+    except MemoryError as error:
+        raise NoRoomError(f"no room for an object of {sum(lengths)} bytes") from error
 
 
 def _read_chunk(boxes: Boxes, key: str, chunk_key: str, deadline: Deadline) -> memoryview:
@@ -232,7 +253,6 @@ def _read_chunk(boxes: Boxes, key: str, chunk_key: str, deadline: Deadline) -> m
         if deadline.remaining() == 0:
             raise MessageTimeoutError(f"{chunk_key}: its writer did not write this in time")
     _raise_for(chunk_key, value, _CHUNK)
-    deadline.store_answers()
     return memoryview(value)[1:]
 
 

@@ -16,7 +16,7 @@ from refdist.backends import (
     end_group,
 )
 from refdist.checks import check_rank
-from refdist.rendezvous import listening, meet
+from refdist.rendezvous import listening, meet, remember
 from refdist.store import close_quietly
 
 
@@ -167,12 +167,14 @@ def stateless_init_torch_distributed_process_group(
         raise ValueError(f"group_name={group_name!r}: is taken by another group of this process")
     seconds = (default_timeout(name) if timeout is None else timeout).total_seconds()
     with listening(host, port, rank, listen_socket) as listener:
-        store, _, _ = meet(host, port, rank, world_size, seconds, listener)
-        group_store = PrefixStore("group", store)
-        address = address_towards(store.host, store.port)
+        client, _, _ = meet(host, port, rank, world_size, seconds, listener)
+        place = compat.tcp_store_of(client.store)
+        group_store = PrefixStore("group", place)
+        address = address_towards(place.host, place.port)
         group = create_group(
             name, group_store, rank, world_size, timedelta(seconds=seconds), address
         )
+    remember(group, host, place.port, rank)
     if listen_socket is None:
         # the store listens on its own duplicate
         close_quietly(listener)

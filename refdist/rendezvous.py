@@ -8,16 +8,20 @@ earlier group of the same ranks wrote is refused, whatever was the same: secret,
 import os
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
+from weakref import WeakValueDictionary
 
-from torch.distributed import DistError, Store, TCPStore
+from torch.distributed import DistError
 
 from refdist import keys
 from refdist.barrier import Barrier
 from refdist.calls import Calls
 from refdist.checks import check_rank
+from refdist.client import StoreClient
 from refdist.compat import quiet
 from refdist.errors import (
     AuthenticationError,
@@ -25,28 +29,70 @@ from refdist.errors import (
     GroupCreationError,
     MessageError,
     StoreConnectionError,
-    letting_go,
     name_ranks,
 )
 from refdist.members import GONE, LeftoverStoreError, refused, register
 from refdist.seals import Seals
 from refdist.store import close_quietly, connect, listen, serve
-from refdist.waiting import Deadline, peek, wait_for_keys
+from refdist.waiting import CancelledWaitError, Deadline, peek, wait_for_keys
 
 _GRACE_SECONDS = 1.0
 _RETRY_SECONDS = 0.05
 _TOKEN_BYTES = 32
 
 
+_formed: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
+
+
+def remember(group: Any, host: str, port: int, rank: int) -> None:
+    """Note which group of this process is this rank of the group on a host and port.
+
+    Args:
+        group: with a method ``end``, if it can be ended for the next one there.
+        host: as the user gave it.
+        port: of the store.
+        rank: of this process.
+    """
+    _formed[host, port, rank] = group
+
+
+def _end_the_one_before(host: str, port: int, rank: int) -> None:
+    """End what this process has on this place, as a cell of a notebook that is run again does not.
+
+    Otherwise two stores would accept on one port, and each would get some of the ranks.
+    """
+    before = _formed.pop((host, port, rank), None)
+    if before is None:
+        return
+    if not hasattr(before, "end"):
+        raise ValueError(
+            f"rank={rank}: this process has a torch group on {host}:{port} that nobody has "
+            f"deleted, and with it its store; destroy and del that one on all ranks, or take "
+            f"another port"
+        )
+    store = weakref.ref(before.store) if hasattr(before, "store") else None
+    before.end()
+    if store is not None and store() is not None:
+        raise ValueError(
+            f"rank={rank}: this process still has the store of its last group on {host}:{port}, "
+            f"which was closed; delete what refers to group.store, or take another port"
+        )
+
+
 @contextmanager
 def listening(
     host: str, port: int, rank: int, listen_socket: socket.socket | None
 ) -> Iterator[socket.socket | None]:
-    """The socket that rank 0 listens on. If the body fails, its store ends and frees the port."""
-    own_socket = listen(host, port) if rank == 0 and listen_socket is None else None
+    """The socket that rank 0 listens on. If the body fails, the port is free again.
+
+    Raises:
+        ValueError: this process is this rank already, in a group that cannot be ended.
+    """
+    given = listen_socket if rank == 0 else None
+    _end_the_one_before(host, given.getsockname()[1] if given else port, rank)
+    own_socket = listen(host, port) if rank == 0 and given is None else None
     try:
-        with letting_go():
-            yield own_socket or (listen_socket if rank == 0 else None)
+        yield own_socket or given
     except BaseException:
         close_quietly(own_socket)
         raise
@@ -60,7 +106,7 @@ def meet(
     timeout: float,
     listener: socket.socket | None,
     secret: bytes | None = None,
-) -> tuple[TCPStore, Barrier, Calls]:
+) -> tuple[StoreClient, Barrier, Calls]:
     """Open the store on rank 0, connect to it on the others, and wait until all ranks have.
 
     Returns:
@@ -80,47 +126,46 @@ def meet(
     deadline = Deadline(timeout)
     calls = Calls()
 
-    def attempt() -> tuple[TCPStore, Barrier]:
-        return _meet(host, port, rank, world_size, deadline, listener, calls, secret)
-
-    return *calls.run("create", attempt, deadline), calls
-
-
-def _meet(
-    host: str,
-    port: int,
-    rank: int,
-    world_size: int,
-    deadline: Deadline,
-    listener: socket.socket | None,
-    calls: Calls,
-    secret: bytes | None,
-) -> tuple[TCPStore, Barrier]:
-    timeout = timedelta(seconds=deadline.allowed)
-    while True:
-        # torch warns with a stack trace when it finds a store that is just ending
-        with quiet():
-            if rank == 0:
-                assert listener is not None
-                store = serve(host, listener, timeout, wait_for_workers=False)
-            else:
-                store = connect(host, port, deadline, timeout=timeout, wait_for_workers=False)
-            calls.watch(store)
+    def attempts() -> tuple[StoreClient, Barrier]:
+        while True:
             try:
-                where = f"{host}:{store.port}"
-                return store, join(store, rank, world_size, deadline, where, secret)
+                calls.client = _open(host, port, rank, deadline, listener)
+                where = f"{host}:{port or (listener and listener.getsockname()[1])}"
+                return calls.client, join(calls.client, rank, world_size, deadline, where, secret)
             except (StoreConnectionError, LeftoverStoreError) as error:
-                if deadline.given_up:
-                    raise
                 if rank == 0 or deadline.remaining() == 0:
+                    if calls.client is None:
+                        raise  # no store answered
                     raise GroupCreationError(f"rank {rank} was not let in: {error}") from error
-        del store
-        deadline.slice()
-        time.sleep(_RETRY_SECONDS)
+                if calls.client is not None:
+                    calls.client.close()
+            deadline.check()
+            time.sleep(_RETRY_SECONDS)
+
+    try:
+        return *calls.run("create", attempts, deadline), calls
+    except BaseException:
+        if calls.client is not None:
+            calls.client.close()
+        raise
+
+
+def _open(
+    host: str, port: int, rank: int, deadline: Deadline, listener: socket.socket | None
+) -> StoreClient:
+    timeout = timedelta(seconds=deadline.allowed)
+    # torch warns with a stack trace when it finds a store that is just ending
+    with quiet():
+        if rank == 0:
+            assert listener is not None
+            return StoreClient(serve(host, listener, timeout, wait_for_workers=False), deadline)
+        return StoreClient(
+            connect(host, port, deadline, timeout=timeout, wait_for_workers=False), deadline
+        )
 
 
 def join(
-    store: Store,
+    store: StoreClient,
     rank: int,
     world_size: int,
     deadline: Deadline,
@@ -131,10 +176,14 @@ def join(
     try:
         rank_0 = register(store, rank, world_size, deadline, where, secret)
         barrier = Barrier(store, rank, world_size)
-        if secret is None:
-            barrier.wait(deadline, each_phase=False)
-        else:
-            _meet_in_secret(barrier, rank, deadline, secret, rank_0)
+        try:
+            if secret is None:
+                barrier.wait(deadline, each_phase=False)
+            else:
+                _meet_in_secret(barrier, rank, deadline, secret, rank_0)
+        except CancelledWaitError as error:
+            barrier.break_off(f"of {error}")
+            raise
         return barrier
     except BarrierError as error:
         # asked before rank 0, which waits for the others to read, ends the store
@@ -158,7 +207,7 @@ def join(
         raise StoreConnectionError(f"the store on {where} ended: {error}") from error
 
 
-def leave(store: Store, rank: int, world_size: int, deadline: Deadline) -> None:
+def leave(store: StoreClient, rank: int, world_size: int, deadline: Deadline) -> None:
     """Say that this rank uses the store no more; rank 0 waits until all others have said so.
 
     Raises:
@@ -210,7 +259,7 @@ def _meet_in_secret(
     barrier.seals = Seals(secret, "group", *tokens)
 
 
-def _let_others_read(store: Store, rank: int, world_size: int, error: BarrierError) -> None:
+def _let_others_read(store: StoreClient, rank: int, world_size: int, error: BarrierError) -> None:
     """Keep the store of rank 0 open until those who came have read why there is no group."""
     if rank != 0:
         store.set(keys.told(rank), "")

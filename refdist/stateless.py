@@ -14,35 +14,41 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-from torch.distributed import DistError, ReduceOp, Store, TCPStore
+from torch.distributed import DistError, DistNetworkError, ReduceOp, Store, TCPStore
 
 from refdist import keys, messages
 from refdist.barrier import Barrier
 from refdist.boxes import Boxes
 from refdist.calls import Calls
 from refdist.checks import check_integer, check_rank, check_seconds
+from refdist.client import StoreClient
 from refdist.compat import tcp_store_of
 from refdist.errors import (
     BarrierError,
     ConcurrentCallError,
     InsecureGroupWarning,
+    MessageError,
     MessageTimeoutError,
     StoreConnectionError,
-    letting_go,
 )
 from refdist.gathering import Gathering, Unusable
 from refdist.launched import find_place
 from refdist.mailbox import Mailbox
 from refdist.phases import PhaseEvent
-from refdist.rendezvous import leave, listening, meet
+from refdist.rendezvous import leave, listening, meet, remember
 from refdist.seals import VARIABLE, secret_from
 from refdist.tensors import check_cpu, check_like, fill, own_copy, reduction
 from refdist.waiting import Deadline, check
 
 T = TypeVar("T")
+Convert = Callable[[Any], Any]
 
 _GRACE_SECONDS = 1.0
 _EXPIRED_EACH = 64  # entries that a message may expire, besides as many as it adds
+
+
+def _as_it_is(obj: Any) -> Any:
+    return obj
 
 
 @dataclass(eq=False)
@@ -113,16 +119,16 @@ class StatelessProcessGroup:
         ):
             for rank in range(self.world_size):
                 counter.setdefault(rank, 0)
-        self._use(Barrier(self.store, self.rank, self.world_size), Calls(self.store))
-        self._unclaimed: dict[Any, Any] = {}  # received as the receiver was interrupted
+        client = StoreClient(self.store)
+        self._use(client, Barrier(client, self.rank, self.world_size), Calls(client))
         self._closed = False
         # a socket that was passed in stays its owner's
         self._release_socket: Callable[[], object] = lambda: None
 
-    def _use(self, barrier: Barrier, calls: Calls) -> None:
-        self._barrier, self._calls = barrier, calls
-        self._mailbox = Mailbox(Boxes(self.store, barrier.seals), self.rank, self.entries)
-        self._gathering = Gathering(self.store, self.rank, barrier)
+    def _use(self, client: StoreClient, barrier: Barrier, calls: Calls) -> None:
+        self._client, self._barrier, self._calls = client, barrier, calls
+        self._mailbox = Mailbox(Boxes(client, barrier.seals), self.rank, self.entries)
+        self._gathering = Gathering(client, self.rank, barrier)
 
     @staticmethod
     def create(
@@ -176,11 +182,12 @@ class StatelessProcessGroup:
         with listening(host, port, rank, listen_socket) as listener:
             if listener is not None and known is None:
                 _warn_unless_loopback(listener)
-            store, barrier, calls = meet(host, port, rank, world_size, seconds, listener, known)
+            client, barrier, calls = meet(host, port, rank, world_size, seconds, listener, known)
             group = StatelessProcessGroup(
-                rank, world_size, store, listener, data_expiration_seconds
+                rank, world_size, client.store, listener, data_expiration_seconds
             )
-        group._use(barrier, calls)
+        group._use(client, barrier, calls)
+        remember(group, host, group.port, group.rank)
         if listener is not None and listen_socket is None:
             group._release_socket = weakref.finalize(group, listener.close)
         return group
@@ -221,6 +228,14 @@ class StatelessProcessGroup:
             raise
 
     @property
+    def generation(self) -> int:
+        """How many collective calls this rank has entered; the same on all ranks in step.
+
+        An interrupted call is one of them only if all ranks had come to it, or it had broken.
+        """
+        return self._barrier.generation
+
+    @property
     def host(self) -> str:
         """The numeric address of the store."""
         return self._open_store("host").host
@@ -243,28 +258,37 @@ class StatelessProcessGroup:
             BarrierError: on rank 0, when a rank did not leave in time. The group is closed.
             ConcurrentCallError: another thread is in a call. The group is not closed.
         """
+        self._close(timeout, None)
+
+    def _close(self, timeout: float, reason: str | None) -> None:
+        """Leave. With a reason, the others learn it if they wait in a barrier."""
         if self._closed:
             return
         deadline = Deadline(timeout)
+        self._calls.close()
+
+        def go() -> None:
+            if reason is not None:
+                self._barrier.break_off(reason)
+            leave(self._client, self.rank, self.world_size, deadline)
+
         try:
-            self._run(
-                "close",
-                lambda: leave(self.store, self.rank, self.world_size, deadline),
-                deadline,
-            )
+            self._run("close", go, deadline)
         except ConcurrentCallError:
             raise
         except BaseException:
-            self._end()
+            self.end()
             raise
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the group on this rank at once. On rank 0, its store ends, also for the others."""
+        if self._closed:
+            return
         self._closed = True
-        # an error that is kept, as a notebook does, keeps these, but the store must end
-        for user in (self._barrier, self._mailbox, self._gathering):
-            vars(user).clear()
-        del self.store, self._barrier, self._mailbox, self._gathering
+        # an error that is kept, as a notebook does, keeps the group, but the store must end
+        self._client.close()
+        del self.store
         self._release_socket()
 
     def __enter__(self) -> Self:
@@ -279,9 +303,9 @@ class StatelessProcessGroup:
         if kind is None:
             self.close()
             return
-        # others may still have to read why, a broken barrier's outcome say; but they may be dead
-        with suppress(BarrierError, ConcurrentCallError):
-            self.close(timeout=_GRACE_SECONDS)
+        # the others may have to read why; but they may be dead, and the store lost
+        with suppress(BarrierError, ConcurrentCallError, StoreConnectionError):
+            self._close(_GRACE_SECONDS, f"it left the group because of {kind.__name__}")
 
     def barrier(self, timeout: float = 30.0) -> None:
         """Block until every rank has called this. See ``refdist.barrier`` for its three phases.
@@ -298,6 +322,34 @@ class StatelessProcessGroup:
         self._check_open("barrier")
         deadline, barrier = Deadline(timeout), self._barrier
         self._run("barrier", lambda: barrier.wait(deadline, self._record()), deadline)
+
+    def realign(self, timeout: float = 30.0) -> None:
+        """Bring ranks into step that have made different numbers of collective calls.
+
+        All ranks call it. It is a barrier that goes past those that have broken without this rank,
+        where ``barrier`` raises. Ranks get out of step if one of them alone makes a call, and that
+        times out. An interrupt does no such thing.
+
+        Args:
+            timeout: seconds, for all phases together.
+
+        Raises:
+            BarrierError: as ``barrier``.
+        """
+        self._check_open("realign")
+        deadline, barrier = Deadline(timeout), self._barrier
+
+        def meet() -> None:
+            while True:
+                barrier.skip_broken()
+                try:
+                    return barrier.wait(deadline, self._record(), each_phase=False)
+                except BarrierError as error:
+                    over = deadline.remaining() == 0 or error.broken_by == self.rank
+                    if error.completed or over:
+                        raise
+
+        self._run("realign", meet, deadline)
 
     def send_obj(self, obj: Any, dst: int) -> None:
         """Send an object to rank ``dst``. Does not wait for it to be received.
@@ -333,6 +385,9 @@ class StatelessProcessGroup:
             MessageError: what came is no object; the next call goes on.
             MemoryError: there is no room for a large object; the next call tries it again.
         """
+        return self._recv(src, timeout)
+
+    def _recv(self, src: int, timeout: float | None = None, convert: Convert = _as_it_is) -> Any:
         src = self._check_peer("src", src)
         deadline = self._deadline("recv_obj", timeout)
 
@@ -342,14 +397,13 @@ class StatelessProcessGroup:
             def consume(value: bytes | None) -> None:
                 self.recv_src_counter[src] += 1
                 if value is None:
-                    self.store.delete_key(keys.expired(key))
+                    self._client.delete_key(keys.expired(key))
                 else:
-                    chunk_keys = messages.chunk_keys(key, messages.lengths_of(value))
-                    self._mailbox.delete(chunk_keys, deadline)
+                    self._mailbox.delete(messages.chunk_keys(key, messages.lengths_of(value)))
 
             return self._mailbox.receive(key, key, src, consume, deadline)
 
-        return self._receive("recv_obj", src, receive, deadline)
+        return self._receive("recv_obj", src, receive, deadline, convert)
 
     def broadcast_obj(self, obj: Any | None, src: int, timeout: float | None = None) -> Any:
         """Give the object of rank ``src`` to every rank. What the others pass is ignored.
@@ -373,7 +427,7 @@ class StatelessProcessGroup:
         src = check_rank(src, self.world_size, "src")
         deadline = self._deadline("broadcast_obj", timeout)
         if src != self.rank:
-            return self._receive_broadcast(src, deadline)
+            return self._recv_broadcast(src, deadline)
         if self.world_size > 1:
             encoded = messages.encode(obj)
 
@@ -387,7 +441,7 @@ class StatelessProcessGroup:
             self._run("broadcast_obj", send, deadline)
         return obj
 
-    def _receive_broadcast(self, src: int, deadline: Deadline) -> Any:
+    def _recv_broadcast(self, src: int, deadline: Deadline, convert: Convert = _as_it_is) -> Any:
         def receive() -> Any:
             number = self.broadcast_recv_src_counter[src]
             key = keys.broadcast(src, number)
@@ -398,17 +452,17 @@ class StatelessProcessGroup:
                 readers = keys.broadcast_readers(src, number)
                 if not chunk_keys:
                     return
-                count = self.store.add(readers, 1)
+                count = self._client.add(readers, 1)
                 if count == self.world_size - 1:
-                    self._mailbox.delete([*chunk_keys, readers], deadline)
-                elif count == 1 and not check(self.store, chunk_keys[:1]):
+                    self._mailbox.delete([*chunk_keys, readers])
+                elif count == 1 and not check(self._client, chunk_keys[:1]):
                     # it expired just now, and so did the count of those who had read it
-                    self._mailbox.delete([readers], deadline)
+                    self._mailbox.delete([readers])
 
             copy = keys.broadcast_copy(src, number, self.rank)
             return self._mailbox.receive(copy, key, src, consume, deadline)
 
-        return self._receive("broadcast_obj", ("broadcast", src), receive, deadline)
+        return self._receive("broadcast_obj", ("broadcast", src), receive, deadline, convert)
 
     def all_gather_obj(self, obj: Any, timeout: float | None = None) -> list[Any]:
         """Give the object of each rank to every rank. It is a barrier that carries objects.
@@ -463,16 +517,26 @@ class StatelessProcessGroup:
         self._mailbox.send(key, copies, encoded, deadline)
 
     def _receive(
-        self, operation: str, mailbox: Any, receive: Callable[[], Any], deadline: Deadline
+        self,
+        operation: str,
+        mailbox: Any,
+        receive: Callable[[], Any],
+        deadline: Deadline,
+        convert: Convert,
     ) -> Any:
-        """Run ``receive``. What comes just as this is interrupted is for the next call."""
-        if mailbox in self._unclaimed:
-            return self._unclaimed.pop(mailbox)
+        """Receive an object and convert it. If this is interrupted, the next call returns it."""
+        kept = self._calls.kept
 
-        def keep(obj: Any) -> None:
-            self._unclaimed[mailbox] = obj
+        def receive_and_keep() -> Any:
+            if mailbox not in kept:
+                kept[mailbox] = receive()
+            try:
+                return convert(kept[mailbox])
+            except MessageError:
+                del kept[mailbox]
+                raise
 
-        return self._run(operation, receive, deadline, keep)
+        return self._run(operation, receive_and_keep, deadline, mailbox)
 
     def expire_data(self) -> None:
         """Remove what this rank sent more than ``data_expiration_seconds`` ago and nobody read.
@@ -501,7 +565,10 @@ class StatelessProcessGroup:
             MessageError: what came has another shape or dtype than ``tensor``.
         """
         check_cpu(tensor)
-        return fill(tensor, self.recv_obj(src), f"from rank {src}")
+        filled: torch.Tensor = self._recv(
+            src, convert=lambda obj: fill(tensor, obj, f"from rank {src}")
+        )
+        return filled
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Give the tensor of rank ``src`` to every rank. See ``broadcast_obj``.
@@ -513,7 +580,13 @@ class StatelessProcessGroup:
             self.broadcast_obj(own_copy(tensor), src)
             return tensor
         check_cpu(tensor)
-        return fill(tensor, self.broadcast_obj(None, src), f"from rank {src}")
+        src = check_rank(src, self.world_size, "src")
+        filled: torch.Tensor = self._recv_broadcast(
+            src,
+            self._deadline("broadcast_obj"),
+            lambda obj: fill(tensor, obj, f"from rank {src}"),
+        )
+        return filled
 
     def all_reduce(self, tensor: torch.Tensor, op: Any = ReduceOp.SUM) -> torch.Tensor:
         """A new tensor: the tensors of all ranks reduced in rank order, bitwise the same for all.
@@ -559,21 +632,25 @@ class StatelessProcessGroup:
         return None if self.events is None else self.events.append
 
     def _run(
-        self,
-        operation: str,
-        function: Callable[[], T],
-        deadline: Deadline,
-        unclaimed: Callable[[T], object] | None = None,
+        self, operation: str, function: Callable[[], T], deadline: Deadline, mailbox: Any = None
     ) -> T:
         """Run ``function`` as the only call, and report which operation of which rank failed."""
         self._check_open(operation)
         try:
-            with letting_go():
-                return self._calls.run(operation, function, deadline, unclaimed)
+            return self._calls.run(operation, function, deadline, mailbox)
+        except DistNetworkError as error:
+            text = f"rank {self.rank} lost the store that rank 0 hosts: {error}"
+            if self._client.timed_out:
+                text = (
+                    f"the store did not answer, although the {deadline.allowed:g} s were over, so "
+                    f"this rank gave it up: its host, rank 0, is stopped, overloaded or out of "
+                    f"reach; form a new group"
+                )
+            raise StoreConnectionError(f"{operation}: {text}") from error
         except DistError as error:
             raise StoreConnectionError(
-                f"{operation}: rank {self.rank} lost the store that rank 0 hosts, or found there "
-                f"what no rank of refdist writes: {error}"
+                f"{operation}: rank {self.rank} found in the store what no rank of refdist "
+                f"writes: {error}"
             ) from error
 
 

@@ -14,6 +14,7 @@ from torch.distributed import DistError, TCPStore
 
 from refdist import compat
 from refdist.checks import check_integer
+from refdist.client import ANSWER_SECONDS, limit_socket
 from refdist.errors import StoreConnectionError
 from refdist.waiting import Deadline
 
@@ -100,6 +101,8 @@ def serve(host: str, listener: socket.socket, timeout: timedelta, **kwargs: Any)
     if port == 0:
         raise ValueError("listen_socket: is not bound to a port")
     listener.listen(1024)
+    # the legacy server reads a whole request at a time; who stops in the middle must not hold it up
+    limit_socket(listener, ANSWER_SECONDS)
     # the store closes its descriptor when it ends, so it gets one of its own
     descriptor = socket.dup(listener.fileno())
     try:

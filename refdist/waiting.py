@@ -2,41 +2,50 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import DistStoreError
 
 from refdist.checks import check_seconds
 from refdist.compat import quiet
 
+if TYPE_CHECKING:
+    from refdist.client import StoreClient
+
 SLICE_SECONDS = 1.0
 """The longest single wait. A longer one is made of several, and may be cancelled between them."""
-
-ANSWER_SECONDS = 1.0
-"""How long a store may take to answer after a deadline, before its host counts as stopped."""
 
 _NEVER_WRITTEN, _NEVER_WRITTEN_EITHER = "\0", "\0\0"
 
 
 class CancelledWaitError(Exception):
-    """Whoever asked for this wait no longer wants it. The text says why."""
+    """Whoever asked for this wait no longer wants it. The text says why.
+
+    Attributes:
+        completed: whether the barrier that waited was complete all the same.
+    """
+
+    completed = False
 
 
 class Deadline:
-    """A point in time, ``allowed`` seconds after its creation, on the monotonic clock."""
+    """A point in time, ``allowed`` seconds after its creation, on the monotonic clock.
+
+    Attributes:
+        allowed: seconds.
+        cancelled: why the waits that end here are no longer wanted; None while they are.
+        in_user_code: whether this process runs code of its user, which may be interrupted at once.
+    """
 
     def __init__(self, allowed: float) -> None:
         self.allowed = check_seconds("timeout", allowed)
         if not 0 <= self.allowed < math.inf:
             raise ValueError(f"timeout={allowed}: must be finite seconds, at least 0")
+        self.cancelled: str | None = None
+        self.in_user_code = False
         self._start = time.monotonic()
-        self._cancelled: str | None = None
-        self._answer_due = 0.0
-        self._away = False  # whether this rank does something else than wait for the store
-        self.given_up = False  # whether the store went on saying nothing
 
     def elapsed(self) -> float:
         """Seconds since the creation, or since the last restart."""
@@ -50,30 +59,19 @@ class Deadline:
         """Allow as many seconds again, from now on."""
         self._start = time.monotonic()
 
-    def store_answers(self) -> None:
-        """Note that the store answers, or so it seems: what is left may take another second."""
-        self._answer_due = time.monotonic() + SLICE_SECONDS
-
-    def patience(self) -> float:
-        """Seconds until a store that has said nothing counts as gone; 0 or less if it does."""
-        if self._away:
-            return math.inf
-        due = max(self._start + self.allowed, self._answer_due)
-        return due + ANSWER_SECONDS - time.monotonic()
-
-    @contextmanager
-    def away_from_store(self) -> Iterator[None]:
-        """Around what takes its time in this process and asks the store nothing."""
-        self._away = True
-        try:
-            yield
-        finally:
-            self.store_answers()
-            self._away = False
-
     def cancel(self, reason: str) -> None:
         """Make the waits that end at this deadline raise CancelledWaitError, within a slice."""
-        self._cancelled = reason
+        self.cancelled = reason
+
+    def check(self) -> None:
+        """Raise CancelledWaitError if the deadline was cancelled."""
+        if self.cancelled is not None:
+            raise CancelledWaitError(self.cancelled)
+
+    def limit(self) -> timedelta:
+        """How long a single wait may take now, cancelled or not."""
+        # a timeout of 0 would mean "for ever" to some stores
+        return timedelta(seconds=max(0.001, min(self.remaining(), SLICE_SECONDS)))
 
     def slice(self) -> timedelta:
         """How long a single wait may take now.
@@ -81,10 +79,8 @@ class Deadline:
         Raises:
             CancelledWaitError: the deadline was cancelled.
         """
-        if self._cancelled is not None:
-            raise CancelledWaitError(self._cancelled)
-        # a timeout of 0 would mean "for ever" to some stores
-        return timedelta(seconds=max(0.001, min(self.remaining(), SLICE_SECONDS)))
+        self.check()
+        return self.limit()
 
 
 def wait_in_slices(request: Callable[[timedelta], None], deadline: Deadline) -> bool:
@@ -105,11 +101,10 @@ def wait_in_slices(request: Callable[[timedelta], None], deadline: Deadline) -> 
                 return True
             except DistStoreError:
                 if not in_time:
-                    deadline.store_answers()
                     return False
 
 
-def wait_for_keys(store: Store, keys: Sequence[str], deadline: Deadline) -> bool:
+def wait_for_keys(store: "StoreClient", keys: Sequence[str], deadline: Deadline) -> bool:
     """Wait until every key exists: one request a slice. See ``wait_in_slices``.
 
     A store that is slow to answer may let the last slice run out although the keys are there, so
@@ -120,14 +115,12 @@ def wait_for_keys(store: Store, keys: Sequence[str], deadline: Deadline) -> bool
     return check(store, keys)
 
 
-def check(store: Store, keys: Sequence[str]) -> bool:
+def check(store: "StoreClient", keys: Sequence[str]) -> bool:
     """Whether every key exists: one request, which does not wait."""
-    # torch 2.6 does not annotate it
-    found: bool = store.check(list(keys))  # type: ignore[attr-defined, unused-ignore]
-    return found
+    return store.check(list(keys))
 
 
-def wait_for_value(store: Store, key: str, deadline: Deadline) -> bytes | None:
+def wait_for_value(store: "StoreClient", key: str, deadline: Deadline) -> bytes | None:
     """Wait until a key has a value, and return it; None when the deadline came first.
 
     Two requests. The libuv server of TCPStore also ends a wait when someone else compares the key
@@ -142,7 +135,7 @@ def wait_for_value(store: Store, key: str, deadline: Deadline) -> bytes | None:
     return None
 
 
-def peek(store: Store, key: str) -> bytes | None:
+def peek(store: "StoreClient", key: str) -> bytes | None:
     """The value of a key, or None where it does not exist, in one request and without waiting.
 
     ``get`` would wait for the key. ``compare_set`` with an expected value that nobody writes
@@ -151,12 +144,12 @@ def peek(store: Store, key: str) -> bytes | None:
     return _peek(store, key, _NEVER_WRITTEN)
 
 
-def _peek(store: Store, key: str, never_written: str) -> bytes | None:
+def _peek(store: "StoreClient", key: str, never_written: str) -> bytes | None:
     value: bytes = store.compare_set(key, never_written, never_written)
     return None if value == never_written.encode() else value
 
 
-def decide(store: Store, key: str, proposal: bytes) -> bytes:
+def decide(store: "StoreClient", key: str, proposal: bytes) -> bytes:
     """Write ``proposal`` unless the key has a value. Returns the value that it has then."""
     text: Any = proposal  # the store takes bytes; its annotations say str
     value: bytes = store.compare_set(key, "", text)
@@ -166,6 +159,6 @@ def decide(store: Store, key: str, proposal: bytes) -> bytes:
     return value
 
 
-def set_several(store: Store, values: Mapping[str, str]) -> None:
+def set_several(store: "StoreClient", values: Mapping[str, str]) -> None:
     """Set several keys in one request, which waits for no answer."""
-    store.multi_set(list(values), list(values.values()))  # type: ignore[attr-defined]
+    store.multi_set(list(values), list(values.values()))

@@ -22,6 +22,7 @@ from refdist import StatelessProcessGroup, create_tcp_store, keys
 from refdist.barrier import Barrier
 from refdist.barrier_state import signed_by
 from refdist.calls import Calls
+from refdist.client import StoreClient
 from refdist.seals import Seals
 
 LOCAL = "127.0.0.1"
@@ -133,6 +134,9 @@ class Watched:
     @property
     def __class__(self) -> Any:
         return type(self._store)
+
+    def __repr__(self) -> str:
+        return repr(self._store)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._store, name)
@@ -259,8 +263,9 @@ def with_secret(
 ) -> StatelessProcessGroup:
     """Let a group over a store that was there before seal what it writes, as ``create`` does."""
     seals = Seals(secret.encode(), "group")
-    barrier = Barrier(group.store, group.rank, group.world_size, seals)
-    group._use(barrier, Calls(group.store))
+    client = StoreClient(group.store)
+    barrier = Barrier(client, group.rank, group.world_size, seals)
+    group._use(client, barrier, Calls(client))
     return group
 
 

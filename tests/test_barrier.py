@@ -263,6 +263,8 @@ def test_a_latecomer_raises_at_once(native):
         ("add", FIRST.state),
         ("wait", [keys.reason(0)]),
         ("compare_set", keys.reason(0)),
+        # whether others have gone on, to tell
+        ("compare_set", keys.slots(1)[0].roll),
     ]
 
 
@@ -918,7 +920,7 @@ def test_requests_of_a_broken_barrier(native):
     # rank 1 looks at the state when it is woken
     sleeps = (
         f"(, add state(, {wait} wake)*{'' if native else '(, check wake)?'}"
-        f"(, get arrived|, compare_set state)?)"
+        f"(, compare_set roll|, compare_set state)?)"
     )
     learns = "add state, wait reason, compare_set reason"
     # it looks at the state once more if rank 1 falls asleep meanwhile
@@ -928,7 +930,8 @@ def test_requests_of_a_broken_barrier(native):
         results[0][0],
     )
     assert re.fullmatch(f"{comes}{sleeps}?, {learns}", results[1][0])
-    assert results[2][0] == f"{comes}, {learns}"
+    # it comes late, and looks whether the others have gone on
+    assert results[2][0] == f"{comes}, {learns}, compare_set roll"
     deleted = [[word for word in words if "delete_key" in word] for _, words in results]
     assert [len(words) for words in deleted] == [len(keys.of_epoch(0)), 0, 0] == [16, 0, 0]
 
@@ -949,7 +952,7 @@ def test_requests_of_a_long_wait(native):
     else:
         waiting = ["add arrived", "add state", *["wait wake"] * 3, "check wake"]
     # then it looks once more whether all have come
-    assert waits == ["append roll", *waiting, "get arrived"]
+    assert waits == ["append roll", *waiting, "compare_set roll"]
 
 
 def test_the_docstring_says_how_many_requests():

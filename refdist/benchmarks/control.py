@@ -20,6 +20,7 @@ import torch
 from torch.distributed import TCPStore
 
 from refdist.barrier import Barrier
+from refdist.client import StoreClient
 from refdist.benchmarks.bare import bare_barriers
 from refdist.benchmarks.launch import LOCAL, place, run_ranks
 from refdist.compat import STORE_BARRIER, store_features
@@ -136,7 +137,7 @@ def _groups(
             return create(LOCAL, port, rank, world_size, listen_socket=listener)
 
     group = connect("refdist", StatelessProcessGroup.create)
-    alone = Barrier(_store(rank, world_size, board, "alone"), rank, world_size)
+    alone = Barrier(StoreClient(_store(rank, world_size, board, "alone")), rank, world_size)
     gloo = connect("gloo", partial(stateless_init_torch_distributed_process_group, backend="gloo"))
     operations: dict[tuple[str, str], Callable[[], object]] = {
         ("barrier", "refdist"): group.barrier,
@@ -213,10 +214,14 @@ def _time_threads(
 ) -> dict[str, list[float]]:
     """On one process: the seconds from its start until its threads have passed one barrier."""
     mine = range(process, ranks, processes)
-    together = Barrier(_store(process, processes, board, "processes"), process, processes)
+    together = Barrier(
+        StoreClient(_store(process, processes, board, "processes")), process, processes
+    )
     store = _store(process, processes, board, f"threads/{ranks}")
     stores = [store, *(create_tcp_store(LOCAL, store.port, timeout=_MINUTES) for _ in mine[1:])]
-    barriers = [Barrier(store, rank, ranks) for store, rank in zip(stores, mine, strict=True)]
+    barriers = [
+        Barrier(StoreClient(store), rank, ranks) for store, rank in zip(stores, mine, strict=True)
+    ]
 
     def bare(index: int, turn: int) -> None:
         some, rank = stores[index], mine[index]
