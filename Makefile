@@ -14,7 +14,8 @@ READY := $(VENV)/.ready
 .PHONY: lab test fuzz notebooks format clean
 
 lab: $(READY)
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_start_here.ipynb
+	@# without a browser, it prints an address: that of the notebook
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/00_start_here.ipynb notebooks/00_start_here.ipynb
 
 test: $(READY)
 	$(BIN)/python tests/check_all.py

@@ -56,11 +56,12 @@ from refdist.barrier_state import (
 )
 from refdist.boxes import Boxes
 from refdist.client import StoreClient
+from refdist.deadline import CancelledWaitError, Deadline
 from refdist.errors import AuthenticationError, BarrierError, name_ranks
 from refdist.gates import Gates, MeddledGateError, gates_of
 from refdist.phases import Record, phase
 from refdist.seals import NO_SEALS, NoSeals
-from refdist.waiting import CancelledWaitError, Deadline, peek, set_several
+from refdist.waiting import peek, set_several
 
 _REASON_SECONDS = 1.0  # how long a rank waits to read why a barrier broke
 
@@ -191,7 +192,7 @@ class Barrier:
                 mark, give_up, cancelled = self._come(slot, generation, deadline, value or b"")
             with phase("confirmation", self._rank, generation, record):
                 if give_up:
-                    self._break(slot, generation, deadline, give_up, again=cancelled is not None)
+                    self._break(slot, generation, deadline, give_up, cancelled is not None)
                 roll = None if value is None else peek(self._store, slot.roll)
                 state = self._confirm(slot, generation, mark)
             if not state.again:

@@ -9,8 +9,9 @@ ends whatever the client waits for then, be it a barrier.
 """
 
 from refdist.client import StoreClient
+from refdist.deadline import Deadline
 from refdist.seals import NO_SEALS, NoSeals
-from refdist.waiting import Deadline, peek, wait_for_value
+from refdist.waiting import peek, wait_for_value
 
 
 class Boxes:

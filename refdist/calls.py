@@ -13,22 +13,20 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch.distributed import DistError
 
 from refdist.client import StoreClient
+from refdist.deadline import CancelledWaitError, Deadline, NoRoomError, UserCodeError
 from refdist.errors import (
     BarrierError,
     ConcurrentCallError,
     GroupCreationError,
     MessageError,
-    NoRoomError,
     StoreConnectionError,
-    UserCodeError,
 )
 from refdist.interrupts import Interrupt, is_on_stack
-from refdist.waiting import CancelledWaitError, Deadline
 
 T = TypeVar("T")
 
@@ -40,6 +38,7 @@ _ENDS = (  # what a protocol raises at its end, and not in its middle
     MessageError,
     NoRoomError,
     StoreConnectionError,
+    UserCodeError,
 )
 
 
@@ -111,7 +110,7 @@ class Calls:
             del self.kept[mailbox]
         del self._present["call"]
         if error is None:
-            return cast(T, result)
+            return result  # type: ignore[return-value]  # cast would be a call
         try:
             raise error
         finally:

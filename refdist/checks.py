@@ -1,7 +1,13 @@
 """Checks of arguments that several modules make. Each error names the value and the rule."""
 
 import operator
+from datetime import timedelta
 from typing import Any
+
+MOST_SECONDS = 1e9
+"""The longest time to wait. Torch counts nanoseconds in 64 bits, which end after 292 years."""
+
+_MOST = f"{MOST_SECONDS:.0f} seconds (31 years)"
 
 
 def check_integer(name: str, value: Any) -> int:
@@ -35,11 +41,34 @@ def check_rank(
 
 
 def check_seconds(name: str, value: Any) -> float:
-    """``value`` as a float.
+    """``value`` as a float; whether it may be 0 or less is the caller's rule.
 
     Raises:
-        ValueError: it is no number; a timedelta is none.
+        ValueError: it is no number (a timedelta is none), not finite, or beyond ``MOST_SECONDS``.
     """
-    if isinstance(value, (int, float)):
-        return float(value)
-    raise ValueError(f"{name}={value!r}: must be a number of seconds, not {type(value).__name__}")
+    if not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{name}={value!r}: must be a number of seconds, not {type(value).__name__}"
+        )
+    if not abs(value) <= MOST_SECONDS:  # this way round: NaN fails every comparison
+        raise ValueError(f"{name}={value}: must be finite seconds, at least 0, at most {_MOST}")
+    return float(value)
+
+
+def check_timeout(name: str, value: Any) -> float:
+    """The seconds of a timedelta.
+
+    Raises:
+        ValueError: it is none, it is negative, or beyond ``MOST_SECONDS``.
+    """
+    if not isinstance(value, timedelta):
+        raise ValueError(f"{name}={value!r}: must be a timedelta, not {type(value).__name__}")
+    seconds = value.total_seconds()
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise ValueError(f"{name}={seconds}: must be at least 0 and at most {_MOST}")
+    return seconds
+
+
+def wait_of(seconds: float) -> timedelta:
+    """A timeout for torch, which counts whole milliseconds and takes 0 for none at all."""
+    return timedelta(seconds=max(0.001, seconds))

@@ -22,8 +22,8 @@ from typing import Any
 
 from torch.distributed import DistNetworkError, Store, TCPStore
 
-from refdist.compat import tcp_store_of
-from refdist.waiting import Deadline
+from refdist.compat import has_store_barrier, tcp_store_of
+from refdist.deadline import Deadline
 
 ANSWER_SECONDS = 1.0
 """How long a store may take to answer after a deadline, before its host counts as stopped."""
@@ -125,6 +125,11 @@ class StoreClient:
             with socket.socket(fileno=socket.dup(self._descriptor)) as connection:
                 limit_socket(connection, limit)
             self._limit = limit
+
+
+def has_barrier(store: StoreClient | Store) -> bool:
+    """Whether a store, or that of a client, has ``Store.barrier``: ``has_store_barrier``."""
+    return has_store_barrier(store.store if isinstance(store, StoreClient) else store)
 
 
 def limit_socket(connection: socket.socket, seconds: float) -> None:

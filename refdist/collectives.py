@@ -9,6 +9,15 @@ the rank in the group, help depends on torch. On 2.6 they do not. On 2.13 they d
 ``recv`` raises even so, after it has received. The group's own methods take ranks of the group on
 every torch. The functions of this module call those.
 
+A tensor may be any dense view: transposed, with gaps, conjugated or negated. What gloo or NCCL
+cannot read or write as it lies in memory goes through a copy.
+
+The ranks must pass tensors of one dtype and, up to the factor n where a function says so, of one
+size. Gloo does not check that, nor does this module, which would take another message. Gloo ends
+the process of a rank that gets more bytes than it has room for (SIGABRT, no error in Python). A
+rank that gets fewer, or others than it takes them for, returns as if all were well, with numbers
+that mean nothing. ``cpu_all_reduce_`` notices either.
+
 Each blocks until it is done with CPU tensors. With CUDA tensors it only launches the work, in order
 with what the current stream does before and after; with ``timeout`` it waits for the end.
 
@@ -27,8 +36,9 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed import ProcessGroup, ReduceOp
 
 from refdist import compat
-from refdist.checks import check_rank
+from refdist.checks import check_rank, check_timeout, wait_of
 from refdist.errors import failure
+from refdist.tensors import plain
 
 _POLL_SECONDS = 1e-4
 
@@ -45,14 +55,15 @@ def all_reduce(
         tensor: of one shape and dtype on all ranks; on the CPU for gloo, on the GPU for NCCL.
         group: all its ranks must call this, in the same order with its other collectives.
         op: sum, product, minimum or maximum; the average with NCCL, and with gloo on torch 2.13.
-        timeout: None for the group's own.
+        timeout: at least 0; None for the group's own.
 
     Raises:
         CollectiveError: it failed or did not end in time. So do all functions here.
+        ValueError: ``timeout`` is negative, or longer than 1e9 seconds. So here too.
     """
     options = c10d.AllreduceOptions()
     options.reduceOp = op
-    _run("all_reduce", group, timeout, lambda: group.allreduce([tensor], options))
+    _run("all_reduce", group, timeout, lambda mine: group.allreduce([mine], options), tensor)
 
 
 def broadcast(
@@ -61,7 +72,7 @@ def broadcast(
     """Copy the tensor of rank ``src`` of the group into that of every other rank."""
     options = c10d.BroadcastOptions()
     options.rootRank = check_rank(src, group.size(), "src", "group size")
-    _run("broadcast", group, timeout, lambda: group.broadcast([tensor], options))
+    _run("broadcast", group, timeout, lambda mine: group.broadcast([mine], options), tensor)
 
 
 def reduce(
@@ -74,7 +85,7 @@ def reduce(
     """Like ``all_reduce``, but only on rank ``dst`` of the group is the result defined."""
     options = c10d.ReduceOptions()
     options.reduceOp, options.rootRank = op, check_rank(dst, group.size(), "dst", "group size")
-    _run("reduce", group, timeout, lambda: group.reduce([tensor], options))
+    _run("reduce", group, timeout, lambda mine: group.reduce([mine], options), tensor)
 
 
 def all_gather_into_tensor(
@@ -87,7 +98,7 @@ def all_gather_into_tensor(
     options = c10d.AllgatherOptions()
     _run(
         "all_gather_into_tensor", group, timeout,
-        lambda: group._allgather_base(output, tensor, options),
+        lambda all_of_them: group._allgather_base(all_of_them, plain(tensor), options), output,
     )  # fmt: skip
 
 
@@ -98,7 +109,10 @@ def all_gather(
     timeout: timedelta | None = None,
 ) -> None:
     """Put the tensor of each rank into ``outputs``, which has one of its shape for each rank."""
-    _run("all_gather", group, timeout, lambda: group.allgather([outputs], [tensor]))
+    _run(
+        "all_gather", group, timeout,
+        lambda *parts: group.allgather([list(parts)], [plain(tensor)]), *outputs,
+    )  # fmt: skip
 
 
 def reduce_scatter_tensor(
@@ -110,7 +124,7 @@ def reduce_scatter_tensor(
     options.reduceOp = op
     _run(
         "reduce_scatter_tensor", group, timeout,
-        lambda: group._reduce_scatter_base(output, tensor, options),
+        lambda part: group._reduce_scatter_base(part, plain(tensor), options), output,
     )  # fmt: skip
 
 
@@ -121,8 +135,8 @@ def scatter(
     """Give each rank its part of what rank ``src`` has; the others pass None for ``parts``."""
     options = c10d.ScatterOptions()
     options.rootRank = check_rank(src, group.size(), "src", "group size")
-    given = [list(parts or [])] if group.rank() == src else []
-    _run("scatter", group, timeout, lambda: group.scatter([output], given, options))
+    given = [[plain(part) for part in parts or []]] if group.rank() == src else []
+    _run("scatter", group, timeout, lambda part: group.scatter([part], given, options), output)
 
 
 def gather(
@@ -132,8 +146,12 @@ def gather(
     """Put the tensor of each rank into ``outputs`` on rank ``dst``; the others pass None."""
     options = c10d.GatherOptions()
     options.rootRank = check_rank(dst, group.size(), "dst", "group size")
-    wanted = [outputs or []] if group.rank() == dst else []
-    _run("gather", group, timeout, lambda: group.gather(wanted, [tensor], options))
+    is_dst = group.rank() == dst
+    _run(
+        "gather", group, timeout,
+        lambda *parts: group.gather([list(parts)] if is_dst else [], [plain(tensor)], options),
+        *(outputs or [] if is_dst else []),
+    )  # fmt: skip
 
 
 def all_to_all_single(
@@ -146,7 +164,7 @@ def all_to_all_single(
     options = c10d.AllToAllOptions()
     _run(
         "all_to_all_single", group, timeout,
-        lambda: group.alltoall_base(output, tensor, [], [], options),
+        lambda parts: group.alltoall_base(parts, plain(tensor), [], [], options), output,
     )  # fmt: skip
 
 
@@ -159,7 +177,7 @@ def send(
 ) -> None:
     """Send a tensor to rank ``dst`` of the group. NCCL knows no tags."""
     dst = check_rank(dst, group.size(), "dst", "group size")
-    _run(f"send to rank {dst}", group, timeout, lambda: group.send([tensor], dst, tag))
+    _run(f"send to rank {dst}", group, timeout, lambda: group.send([plain(tensor)], dst, tag))
 
 
 def recv(
@@ -171,7 +189,9 @@ def recv(
 ) -> None:
     """Receive a tensor of this shape and dtype from rank ``src`` of the group."""
     src = check_rank(src, group.size(), "src", "group size")
-    _run(f"recv from rank {src}", group, timeout, lambda: group.recv([tensor], src, tag))
+    _run(
+        f"recv from rank {src}", group, timeout, lambda mine: group.recv([mine], src, tag), tensor
+    )  # fmt: skip
 
 
 def barrier(group: ProcessGroup, timeout: timedelta | None = None) -> None:
@@ -236,24 +256,38 @@ def recv_object(src: int, group: ProcessGroup, timeout: timedelta | None = None)
 
 
 def _run(
-    operation: str, group: ProcessGroup, timeout: timedelta | None, start: Callable[[], Any]
+    operation: str,
+    group: ProcessGroup,
+    timeout: timedelta | None,
+    start: Callable[..., Any],
+    *outputs: torch.Tensor,
 ) -> None:
-    """Start work and wait for it: on the CPU for its end, on a GPU as the module says."""
+    """Start work and wait for it: on the CPU for its end, on a GPU as the module says.
+
+    ``start`` gets the tensors to write to, which are ``outputs`` or what is copied to them later.
+    """
+    seconds = None if timeout is None else check_timeout("timeout", timeout)
+    written = [plain(output) for output in outputs]
     began = time.monotonic()
-    seconds = None if timeout is None else timeout.total_seconds()
     on_gpu = _device(group).type == "cuda"
     try:
-        work = start()
+        work = start(*written)
         if on_gpu and seconds is not None:
             _poll(work, began + seconds)
         # torch 2.6 does not heed the timeout of the options, but that of wait
-        work.wait() if timeout is None or on_gpu else work.wait(timeout)
+        if seconds is None or on_gpu:
+            work.wait()
+        else:
+            work.wait(wait_of(seconds))
     except (RuntimeError, TimeoutError) as error:
         if on_gpu:
             compat.abort(group)
         rank, size = group.rank(), group.size()
         elapsed = time.monotonic() - began
         raise failure(operation, rank, size, elapsed, seconds, error) from error
+    for output, result in zip(outputs, written, strict=True):
+        if result is not output:
+            output.detach().copy_(result)
 
 
 def _poll(work: Any, end: float) -> None:

@@ -1,6 +1,7 @@
 """What differs between torch 2.6 and 2.15, in one place, each with the versions it is for."""
 
 import ctypes
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -186,7 +187,20 @@ class quiet:  # noqa: N801  # used as a function is
     def __exit__(self, *error: object) -> None:
         level = _log_level()
         with _quiet_lock:
-            if level is not None and self._raised:
+            if level is not None and self._raised and quiet._threads > 0:
                 quiet._threads -= 1
                 if quiet._threads == 0:
                     level.value = _WARNING
+
+
+def _be_loud() -> None:
+    """A forked child has none of the other threads: none of them is in ``quiet``, or leaves it."""
+    global _quiet_lock
+    _quiet_lock = threading.Lock()  # one of them may have held it
+    level = _log_level() if quiet._threads else None
+    if level is not None:
+        level.value = _WARNING
+    quiet._threads = 0
+
+
+os.register_at_fork(after_in_child=_be_loud)

@@ -32,7 +32,7 @@ class ConcurrentCallError(RuntimeError):
 
 
 class InsecureGroupWarning(UserWarning):
-    """A group without a secret listens where other machines may reach it."""
+    """A group without a secret, or with a short one, listens where other machines may reach it."""
 
 
 class GroupCreationError(RuntimeError):
@@ -133,18 +133,3 @@ class MessageTimeoutError(MessageError):
 
 class MessageExpiredError(MessageError):
     """A message was removed before it was read, because its expiration time had passed."""
-
-
-class NoRoomError(MemoryError):
-    """There is no room for a large object now; it can be read again."""
-
-
-class UserCodeError(Exception):
-    """Carries what the user's code raised as an object was unpickled, and is no Exception.
-
-    It never reaches the caller, who gets ``original``: SystemExit, for example.
-    """
-
-    def __init__(self, original: BaseException) -> None:
-        super().__init__(repr(original))
-        self.original = original

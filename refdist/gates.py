@@ -17,9 +17,10 @@ from typing import Protocol, cast
 
 from torch.distributed import DistStoreError, Store
 
-from refdist.client import StoreClient
-from refdist.compat import has_store_barrier, quiet
-from refdist.waiting import Deadline, set_several, wait_for_keys, wait_in_slices
+from refdist.client import StoreClient, has_barrier
+from refdist.compat import quiet
+from refdist.deadline import Deadline
+from refdist.waiting import set_several, wait_for_keys, wait_in_slices
 
 OPEN = 1 << 62
 """The count of an open gate. No number of ranks reaches it by arriving."""
@@ -128,6 +129,5 @@ class KeyGates:
 
 def gates_of(store: StoreClient | Store) -> Gates:
     """The quickest kind of gate that a store allows."""
-    native = has_store_barrier(store.store if isinstance(store, StoreClient) else store)
-    kind = CounterGates if native else KeyGates
+    kind = CounterGates if has_barrier(store) else KeyGates
     return kind(cast(StoreClient, store))

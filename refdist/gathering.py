@@ -11,9 +11,9 @@ from refdist import keys, messages
 from refdist.barrier import Barrier
 from refdist.boxes import Boxes
 from refdist.client import StoreClient
+from refdist.deadline import Deadline
 from refdist.errors import MessageError
 from refdist.phases import Record
-from refdist.waiting import Deadline
 
 
 class Unusable:

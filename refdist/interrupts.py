@@ -19,7 +19,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-from refdist.waiting import Deadline
+from refdist.deadline import Deadline
 
 _set_handler, _get_handler = _signal.signal, _signal.getsignal
 _SIGINT = int(signal.SIGINT)

@@ -14,14 +14,13 @@ from typing import Any
 
 from refdist import keys, messages
 from refdist.boxes import Boxes
+from refdist.deadline import Deadline, UserCodeError
 from refdist.errors import (
     AuthenticationError,
     MessageError,
     MessageExpiredError,
     MessageTimeoutError,
-    UserCodeError,
 )
-from refdist.waiting import Deadline
 
 
 class Mailbox:
@@ -33,6 +32,7 @@ class Mailbox:
         self._rank = rank
         self._entries = entries
         self._half_read: dict[str, bytes] = {}  # taken out, but the chunks are still to be read
+        self._ended_by_user = ""  # the box whose unpickling was ended once by no Exception
         self._large: dict[str, tuple[list[str], list[str]]] = {}  # copies and chunks, by message
 
     def send(
@@ -75,7 +75,8 @@ class Mailbox:
             AuthenticationError: it is not from ``src``.
             MessageError: it is no object.
             NoRoomError: there is no room for it now.
-            UserCodeError: its unpickling raised something that is no Exception.
+            UserCodeError: its unpickling raised something that is no Exception. The next call tries
+                again, once.
             CancelledWaitError: the deadline was cancelled.
         """
         try:
@@ -97,6 +98,10 @@ class Mailbox:
             text = f"rank {self._rank} waited in vain for the rest from rank {src}: {error}"
             raise MessageTimeoutError(text, [src]) from None
         except (MessageError, UserCodeError) as error:
+            if isinstance(error, UserCodeError) and self._ended_by_user != box:
+                # perhaps a signal's handler has raised it, and not the object
+                self._ended_by_user = box
+                raise
             del self._half_read[box]
             consume(None if isinstance(error, MessageExpiredError) else value)
             raise

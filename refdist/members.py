@@ -11,11 +11,11 @@ import torch
 from torch.distributed import DistError
 
 from refdist import keys
-from refdist.client import StoreClient
-from refdist.compat import has_store_barrier
+from refdist.client import StoreClient, has_barrier
+from refdist.deadline import Deadline
 from refdist.errors import AuthenticationError, GroupCreationError, name_ranks
 from refdist.seals import NO_SEALS, VARIABLE, NoSeals, Seals, is_sealed
-from refdist.waiting import Deadline, decide, peek, wait_for_value
+from refdist.waiting import decide, peek, wait_for_value
 
 GONE = b"gone"
 """Stands in place of what a rank wrote about itself, once it has left."""
@@ -58,7 +58,7 @@ def register(
         "pid": os.getpid(),
         "process": _process.token,
         "world_size": world_size,
-        "store_barrier": has_store_barrier(store.store),
+        "store_barrier": has_barrier(store),
         "torch": str(torch.__version__),
         "token": os.urandom(8).hex(),
     }

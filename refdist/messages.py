@@ -23,14 +23,12 @@ import torch
 
 from refdist import keys
 from refdist.boxes import Boxes
+from refdist.deadline import SLICE_SECONDS, CancelledWaitError, Deadline, NoRoomError, UserCodeError
 from refdist.errors import (
     MessageError,
     MessageExpiredError,
     MessageTimeoutError,
-    NoRoomError,
-    UserCodeError,
 )
-from refdist.waiting import SLICE_SECONDS, CancelledWaitError, Deadline
 
 CHUNK_BYTES = 256 * 2**10
 """The most that is written under one key."""
@@ -272,7 +270,19 @@ def _reduce_storage(storage: Any) -> Any:
     return _storage_from, (pickle.PickleBuffer(_memory_of(untyped)), storage.dtype)
 
 
-_REDUCERS: Any = ChainMap({torch.storage.TypedStorage: _reduce_storage}, copyreg.dispatch_table)
+def _reduce_untyped(untyped: torch.UntypedStorage) -> Any:
+    """As a typed one: TypedStorage knows not every dtype, so torch adds those of some tensors.
+
+    For these, its own way of pickling the storage cannot be read.
+    """
+    typed: Any = torch.storage.TypedStorage
+    return _reduce_storage(typed(wrap_storage=untyped, dtype=torch.uint8, _internal=True))
+
+
+_REDUCERS: Any = ChainMap(
+    {torch.storage.TypedStorage: _reduce_storage, torch.UntypedStorage: _reduce_untyped},
+    copyreg.dispatch_table,
+)
 
 
 def _memory_of(storage: torch.UntypedStorage) -> Any:

@@ -15,7 +15,7 @@ from refdist.backends import (
     default_timeout,
     end_group,
 )
-from refdist.checks import check_rank
+from refdist.checks import check_rank, check_timeout, wait_of
 from refdist.rendezvous import listening, meet, remember
 from refdist.store import close_quietly
 
@@ -83,7 +83,8 @@ def init_gloo_process_group(
     if str(backend).lower() != "gloo":
         raise ValueError(f"backend={backend!r}: must be 'gloo'")
     check_rank(group_rank, group_size, "group_rank", "group_size")
-    return create_group("gloo", prefix_store, group_rank, group_size, timeout)
+    seconds = check_timeout("timeout", timeout)
+    return create_group("gloo", prefix_store, group_rank, group_size, wait_of(seconds))
 
 
 @overload
@@ -165,15 +166,13 @@ def stateless_init_torch_distributed_process_group(
     name = check_backend(backend)
     if group_name is not None and compat.registered_group(group_name) is not None:
         raise ValueError(f"group_name={group_name!r}: is taken by another group of this process")
-    seconds = (default_timeout(name) if timeout is None else timeout).total_seconds()
+    seconds = check_timeout("timeout", default_timeout(name) if timeout is None else timeout)
     with listening(host, port, rank, listen_socket) as listener:
         client, _, _ = meet(host, port, rank, world_size, seconds, listener)
         place = compat.tcp_store_of(client.store)
         group_store = PrefixStore("group", place)
         address = address_towards(place.host, place.port)
-        group = create_group(
-            name, group_store, rank, world_size, timedelta(seconds=seconds), address
-        )
+        group = create_group(name, group_store, rank, world_size, wait_of(seconds), address)
     remember(group, host, place.port, rank)
     if listen_socket is None:
         # the store listens on its own duplicate

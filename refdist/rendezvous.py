@@ -23,6 +23,7 @@ from refdist.calls import Calls
 from refdist.checks import check_rank
 from refdist.client import StoreClient
 from refdist.compat import quiet
+from refdist.deadline import CancelledWaitError, Deadline
 from refdist.errors import (
     AuthenticationError,
     BarrierError,
@@ -34,7 +35,7 @@ from refdist.errors import (
 from refdist.members import GONE, LeftoverStoreError, refused, register
 from refdist.seals import Seals
 from refdist.store import close_quietly, connect, listen, serve
-from refdist.waiting import CancelledWaitError, Deadline, peek, wait_for_keys
+from refdist.waiting import peek, wait_for_keys
 
 _GRACE_SECONDS = 1.0
 _RETRY_SECONDS = 0.05
@@ -128,13 +129,14 @@ def meet(
 
     def attempts() -> tuple[StoreClient, Barrier]:
         while True:
+            calls.client = None
             try:
                 calls.client = _open(host, port, rank, deadline, listener)
                 where = f"{host}:{port or (listener and listener.getsockname()[1])}"
                 return calls.client, join(calls.client, rank, world_size, deadline, where, secret)
             except (StoreConnectionError, LeftoverStoreError) as error:
                 if rank == 0 or deadline.remaining() == 0:
-                    if calls.client is None:
+                    if calls.client is None or calls.client.timed_out:
                         raise  # no store answered
                     raise GroupCreationError(f"rank {rank} was not let in: {error}") from error
                 if calls.client is not None:

@@ -20,11 +20,15 @@ import hashlib
 import hmac
 import os
 import struct
+import warnings
 
-from refdist.errors import AuthenticationError
+from refdist.errors import AuthenticationError, InsecureGroupWarning
 
 TAG_BYTES = 32
 VARIABLE = "REFDIST_SECRET"
+SHORTEST = 16
+"""Bytes of a secret that is not warned of. One tag lets anybody try secrets, some 1e5 a second."""
+
 _MARK = b"\x06"  # begins a sealed value, and no other
 _BLOCK_BYTES = 64
 _INNER_PAD, _OUTER_PAD = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
@@ -120,8 +124,17 @@ def is_sealed(value: bytes) -> bool:
     return value.startswith(_MARK)
 
 
-def secret_from(given: bytes | str | None) -> bytes | None:
+class Secret(bytes):
+    """A secret that does not show in a traceback with the values of variables."""
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+
+def secret_from(given: bytes | str | None) -> Secret | None:
     """The secret that a user gave, or for None that of the environment, if there is one.
+
+    Warns (InsecureGroupWarning) of one that is shorter than ``SHORTEST``, without showing it.
 
     Raises:
         ValueError: it is empty, or neither bytes nor text. The error does not show it.
@@ -135,7 +148,15 @@ def secret_from(given: bytes | str | None) -> bytes | None:
         raise ValueError(f"{name}: must be bytes or str, not {type(given).__name__}")
     if not given:
         raise ValueError(f"{name}={given!r}: must not be empty; give none to do without")
-    return given.encode() if isinstance(given, str) else given
+    secret = given.encode() if isinstance(given, str) else given
+    if len(secret) < SHORTEST and not isinstance(given, Secret):
+        warnings.warn(
+            f"{name}: is shorter than {SHORTEST} bytes, so who reads one value of the store may "
+            f"find it by trying; use a long random text such as secrets.token_hex()",
+            InsecureGroupWarning,
+            stacklevel=3,
+        )
+    return Secret(secret)
 
 
 def _framed(*parts: bytes) -> bytes:

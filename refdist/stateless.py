@@ -23,6 +23,7 @@ from refdist.calls import Calls
 from refdist.checks import check_integer, check_rank, check_seconds
 from refdist.client import StoreClient
 from refdist.compat import tcp_store_of
+from refdist.deadline import Deadline
 from refdist.errors import (
     BarrierError,
     ConcurrentCallError,
@@ -38,7 +39,7 @@ from refdist.phases import PhaseEvent
 from refdist.rendezvous import leave, listening, meet, remember
 from refdist.seals import VARIABLE, secret_from
 from refdist.tensors import check_cpu, check_like, fill, own_copy, reduction
-from refdist.waiting import Deadline, check
+from refdist.waiting import check
 
 T = TypeVar("T")
 Convert = Callable[[Any], Any]
@@ -178,7 +179,7 @@ class StatelessProcessGroup:
         seconds = check_seconds("store_timeout", store_timeout)
         if seconds <= 0:
             raise ValueError(f"store_timeout={store_timeout}: must be above 0 seconds")
-        known = secret_from(secret)
+        known, secret = secret_from(secret), None  # no traceback shows it
         with listening(host, port, rank, listen_socket) as listener:
             if listener is not None and known is None:
                 _warn_unless_loopback(listener)
@@ -219,6 +220,7 @@ class StatelessProcessGroup:
             Exception: as ``create``. The text says where host and port come from.
         """
         place = find_place(os.environ, host, port, rank, world_size)
+        options["secret"] = secret_from(options.pop("secret", None))
         try:
             return StatelessProcessGroup.create(
                 place.host, place.port, place.rank, place.world_size, **options
@@ -383,6 +385,8 @@ class StatelessProcessGroup:
             MessageTimeoutError: nothing came; the next call waits for the same message.
             MessageExpiredError: the message expired before this call; the next call goes on.
             MessageError: what came is no object; the next call goes on.
+            BaseException: what unpickling raises and is no Exception, such as SystemExit; the next
+                call tries again, and the one after that goes on.
             MemoryError: there is no room for a large object; the next call tries it again.
         """
         return self._recv(src, timeout)

@@ -13,10 +13,10 @@ from typing import Any
 from torch.distributed import DistError, TCPStore
 
 from refdist import compat
-from refdist.checks import check_integer
+from refdist.checks import MOST_SECONDS, check_integer
 from refdist.client import ANSWER_SECONDS, limit_socket
+from refdist.deadline import Deadline
 from refdist.errors import StoreConnectionError
-from refdist.waiting import Deadline
 
 DEFAULT_TIMEOUT = timedelta(seconds=300)
 _RETRY_SECONDS = 0.05
@@ -111,7 +111,7 @@ def serve(host: str, listener: socket.socket, timeout: timedelta, **kwargs: Any)
                 descriptor, host_name=address, port=port, timeout=timeout, **kwargs
             ),
             # with wait_for_workers, torch itself says what it waited for
-            Deadline(timeout.total_seconds() + 1),
+            Deadline(min(timeout.total_seconds() + 1, MOST_SECONDS)),
             f"the store on {host}:{port}",
             "was opened here, but this process itself could not reach it; does a firewall close "
             "the port?",

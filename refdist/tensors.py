@@ -37,10 +37,31 @@ def check_cpu(tensor: torch.Tensor) -> None:
         )
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it where its memory is not just its elements, one after the other.
+
+    Gloo and NCCL go by the memory alone. They do not see that a view is conjugated or negated;
+    gloo does not see gaps or another order of the elements either, and writes into the gaps.
+    """
+    if tensor.layout is not torch.strided:
+        return tensor
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy: a pickled view would carry the whole storage that it looks into."""
+    """A contiguous copy: a pickled view would carry the whole storage that it looks into.
+
+    Raises:
+        ValueError: the tensor is not on the CPU, or torch cannot copy its layout or dtype.
+    """
     check_cpu(tensor)
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    try:
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    except RuntimeError as error:
+        raise ValueError(
+            f"tensor of {tensor.dtype} and {tensor.layout}: must be dense and of a dtype that "
+            f"torch copies; convert it first"
+        ) from error
 
 
 def check_like(expected: torch.Tensor, received: Any, whence: str) -> None:

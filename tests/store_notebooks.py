@@ -16,8 +16,9 @@ PICTURED = "01_barrier_phases.ipynb"  # README shows its first figure
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with fresh outputs, and without metadata that differs between machines."""
+    """The notebook with fresh outputs, and without what differs from run to run for no reason."""
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)  # those of the run before would stay
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
@@ -30,7 +31,30 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
         cell.metadata.pop("collapsed", None)
-    return notebook
+        if cell.cell_type == "code":
+            cell.outputs = merge_streams(cell.outputs)
+    return number_widgets(notebook)
+
+
+def merge_streams(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The outputs, where text that was printed at once is one: the kernel sends it in pieces."""
+    merged: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        last = merged[-1] if merged else {}
+        if output.output_type == "stream" and output.name == last.get("name"):
+            last["text"] += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def number_widgets(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook with widgets that have numbers, as they were made, in place of random names."""
+    text = nbformat.writes(notebook)
+    for widgets in notebook.metadata.get("widgets", {}).values():
+        for number, name in enumerate(widgets["state"]):
+            text = text.replace(name, f"{number:032x}")
+    return nbformat.reads(text, as_version=4)
 
 
 def first_picture(notebook: nbformat.NotebookNode) -> bytes:

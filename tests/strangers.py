@@ -35,9 +35,10 @@ from refdist import (
     messages,
 )
 from refdist.barrier_state import sign
+from refdist.deadline import Deadline
 from refdist.members import LeftoverStoreError
 from refdist.rendezvous import join
-from refdist.waiting import Deadline, peek
+from refdist.waiting import peek
 
 OURS = (MessageError, BarrierError, StoreConnectionError)
 AT_CREATION = (GroupCreationError, StoreConnectionError, LeftoverStoreError, ValueError)

@@ -257,11 +257,17 @@ def test_small_sums_on_the_command_line(capsys):
         (["--sizes", "12"], "--sizes 12: must be multiples of 8"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--ways", "three-shot"], "invalid choice: 'three-shot'"),
+        (
+            ["--backend", "nccl", "--world-size", "999"],
+            "--backend nccl: must have a GPU for each of 999 ranks, and torch finds ",
+        ),
+        (["--output", "no such folder/x"], "--output no such folder/x: its folder must exist"),
     ],
 )
 def test_bad_command_line_of_all_reduce(arguments, said, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main(["allreduce", *arguments])
+    assert ended.value.code == 2
     assert said in capsys.readouterr().err
 
 

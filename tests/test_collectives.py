@@ -1,6 +1,7 @@
 """Every collective, by rank in a group without global state: on gloo here, on NCCL in test_gpu."""
 
 import functools
+import itertools
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from torch.distributed import ReduceOp
 from refdist import (
     CollectiveError,
     collectives,
+    cpu_all_reduce_,
     stateless_destroy_torch_distributed_process_group,
     stateless_init_torch_distributed_process_group,
 )
@@ -167,12 +169,28 @@ COLLECTIVES = {
 ALONE = set(COLLECTIVES) - {"send_and_recv"}  # a rank does not send to itself
 
 
-def use_all(here, backend):
+def views(rank, dtype, device):
+    """A function that makes tensors: as they are, negated, and with gaps, in turn."""
+    turns = itertools.count(rank)
+
+    def make(values):
+        plain = torch.tensor(values, dtype=dtype, device=device)
+        gaps = torch.stack([plain, torch.full_like(plain, 99)], dim=1)[:, 0]
+        tensor = (plain, torch._neg_view(-plain), gaps)[next(turns) % 3]
+        assert tensor.tolist() == values
+        return tensor
+
+    return make
+
+
+def use_all(here, backend, factory=None):
     """What each collective gives on this rank, and the average, which not every backend has."""
     assert not dist.is_initialized()
     group = form(here, backend=backend, timeout=timedelta(seconds=40))
     device = "cuda" if backend == "nccl" else "cpu"
     tensor = functools.partial(torch.tensor, dtype=torch.float32, device=device)
+    if factory is not None:
+        tensor = factory(here.rank, torch.float32, device)
     r, n = here.rank, here.world_size
     names = COLLECTIVES if n > 1 else ALONE
     results = {name: COLLECTIVES[name][0](r, n, group, tensor) for name in names}
@@ -193,8 +211,8 @@ def release(version):
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def check_all(backend, world_size, deadline=40.0):
-    by_rank = run_ranks(use_all, world_size, backend, deadline=deadline)
+def check_all(backend, world_size, factory=None, deadline=40.0):
+    by_rank = run_ranks(use_all, world_size, backend, factory, deadline=deadline)
     for rank, results in enumerate(by_rank):
         assert set(results) == (set(COLLECTIVES) if world_size > 1 else ALONE)
         for name, result in results.items():
@@ -204,6 +222,43 @@ def check_all(backend, world_size, deadline=40.0):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_collective(world_size):
     check_all("gloo", world_size)
+
+
+# The same with views, whose memory is not what they show: another kind on each rank.
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_collective_with_views(world_size):
+    check_all("gloo", world_size, views)
+
+
+def _conjugate(here):
+    group = form(here)
+    results = []
+    for run in (
+        lambda tensor: collectives.broadcast(tensor, 0, group),
+        lambda tensor: collectives.all_reduce(tensor, group),
+        lambda tensor: cpu_all_reduce_(tensor, group),
+    ):
+        tensor = torch.tensor([[1 + 2j, 3], [here.rank * 1j, 5]])
+        tensor = tensor.mH if here.rank == 0 else tensor  # transposed and conjugated
+        run(tensor)
+        results.append(tensor.tolist())
+    # what lies in the gaps stays
+    whole = torch.full((2, 3), here.rank + 1.0)
+    collectives.broadcast(whole[:, 1], 1, group)
+    weights = torch.ones(2, requires_grad=True)
+    collectives.all_reduce(weights, group)
+    here.meet("done")
+    stateless_destroy_torch_distributed_process_group(group)
+    return results, whole.tolist(), weights.tolist()
+
+
+def test_conjugates_and_gaps():
+    total = [[2, 3], [3 + 1j, 10]]
+    results = [[[1 - 2j, 0], [3, 5]], total, total]
+    wholes = [[[r + 1, 2, r + 1]] * 2 for r in range(2)]
+    assert run_ranks(_conjugate, 2) == [(results, whole, [2, 2]) for whole in wholes]
 
 
 # What torch's own functions make of a rank: never a global one; group_src on 2.13, not on 2.6.
@@ -287,6 +342,50 @@ def _wait_in_vain(here, name):
 def test_a_timeout_names_the_operation(name):
     seconds = run_ranks(_wait_in_vain, 2, name)[0]
     assert 0.9 < seconds < 1 + SLACK
+
+
+# A timeout of less than a millisecond is short. It is not the group's own, which torch takes for 0.
+
+
+def _hurry(here, name, seconds):
+    group = form(here, timeout=timedelta(seconds=20))
+    if here.rank == 0:
+        start = time.monotonic()
+        with pytest.raises(CollectiveError, match=rf"^{name} failed on rank 0 of 2"):
+            OPERATIONS[name](group, timedelta(seconds=seconds))
+        assert time.monotonic() - start < SLACK
+        here.tell("rank 0 gave up")
+    here.ask("rank 0 gave up")
+
+
+@pytest.mark.parametrize("seconds", [0, 0.0005])
+@pytest.mark.parametrize("name", ["all_reduce", "recv from rank 1"])
+def test_less_than_a_millisecond(name, seconds):
+    run_ranks(_hurry, 2, name, seconds)
+
+
+TIMEOUTS = {
+    timedelta(seconds=-1): r"timeout=-1\.0: must be at least 0 and at most 1000000000 seconds",
+    timedelta(days=10**6): r"timeout=86400000000\.0: must be at least 0 and at most",
+    5.0: r"timeout=5\.0: must be a timedelta, not float",
+}
+
+
+def _refuse_timeouts(here):
+    group = form(here)
+    for timeout, message in TIMEOUTS.items():
+        for run in (
+            lambda timeout: collectives.all_reduce(torch.ones(1), group, timeout=timeout),
+            lambda timeout: collectives.barrier(group, timeout),
+            lambda timeout: cpu_all_reduce_(torch.ones(1), group, timeout),
+        ):
+            with pytest.raises(ValueError, match=f"^{message}"):
+                run(timeout)
+    collectives.barrier(group, timedelta(seconds=1e9))
+
+
+def test_bad_timeouts():
+    run_ranks(_refuse_timeouts, 1)
 
 
 def _outlive(here):

@@ -1,6 +1,10 @@
 """Figures show the data they are given: read back from the drawn objects."""
 
+import subprocess
+import sys
+
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.fit import Line
@@ -147,7 +151,28 @@ def test_a_schedule_has_a_row_for_each_event_and_a_column_for_each_rank():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2", "3", "4"]
     assert list(ax.get_yticks()) == [0, 1, 2, 3]
     (arrow,) = (text for text in ax.texts if not text.get_text())
-    assert (arrow.xyann, arrow.xy) == ((columns[1], 3), (columns[0], 4))
+    beside = columns[0] - 0.22
+    assert (arrow.xyann, arrow.xy) == ((beside, 4), (columns[0], 4))
+    (line,) = (line for line in ax.lines if line.get_label() == "arrow")
+    assert line.get_xydata().tolist() == [[columns[1], 3], [beside, 3], [beside, 4]]
     assert ax.get_xlabel() == "Not so: It is."
     legend = [text.get_text() for text in ax.get_legend().get_texts()]
     assert "is woken" in legend and "dies" not in legend
+
+
+def test_a_long_conclusion_stays_in_the_figure():
+    figure = schedule(Timeline(2, "0", (Event(1, 0, "enters", "enters it"),), "It is long. " * 20))
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes[0].xaxis.label.get_window_extent().x1 < figure.bbox.x1
+
+
+# Without matplotlib, the error says what to install.
+
+
+def test_without_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; import refdist.figures"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    said = "refdist.figures needs matplotlib: pip install 'refdist[notebooks]'"
+    assert finished.stderr.splitlines()[-1] == f"ModuleNotFoundError: {said}"

@@ -1,11 +1,24 @@
-"""What holds for every stored notebook, besides that nbval passes."""
+"""What holds for every stored notebook, besides that nbval passes, and what handles notebooks."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import nbformat
 import pytest
+import store_notebooks
+from nbformat.v4 import new_code_cell, new_notebook
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+DEADLINE = 100.0
 IGNORED, SKIPPED = "nbval-ignore-output", "nbval-skip"
 
 
@@ -59,3 +72,97 @@ class TestStored:
         sources = [cell.source for cell in code_cells(path)]
         if any("LocalEngines(" in source for source in sources):
             assert "engines.stop()" in sources[-1]
+
+
+# What handles notebooks, with small ones.
+
+
+def write(path, cells, **metadata):
+    cells = [new_code_cell(cell, id=f"cell-{number}") for number, cell in enumerate(cells)]
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
+
+
+def test_storing_twice_gives_the_same_bytes(tmp_path):
+    # the text comes in two pieces, and the widget and its parts have random names
+    path = tmp_path / "some.ipynb"
+    printing = "print('a', flush=True)\nimport time\ntime.sleep(1)\nprint('b')"
+    write(path, [printing, "import ipywidgets\nipywidgets.IntSlider()"])
+    stored = []
+    for _ in range(2):
+        assert store_notebooks.main([str(path)]) == 0
+        stored.append(path.read_text())
+    assert stored[0] == stored[1]
+    printed, slider = code_cells(path)
+    assert [output.text for output in printed.outputs] == ["a\nb\n"]
+    view = slider.outputs[0].data["application/vnd.jupyter.widget-view+json"]
+    (widgets,) = nbformat.read(path, as_version=4).metadata.widgets.values()
+    assert view["model_id"] in widgets["state"]
+    assert len(widgets["state"]) == 3  # the slider, its layout and its style
+
+
+def test_storing_forgets_the_widgets_of_the_run_before(tmp_path):
+    path = tmp_path / "some.ipynb"
+    write(path, ["1"], widgets={"application/vnd.jupyter.widget-state+json": {"state": {}}})
+    assert store_notebooks.main([str(path)]) == 0
+    assert "widgets" not in nbformat.read(path, as_version=4).metadata
+
+
+def test_xdist_keeps_the_cells_of_a_notebook_together(tmp_path):
+    # each cell needs the one before it
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    shutil.copy(ROOT / "notebooks" / "conftest.py", folder)
+    for name in ("a", "b"):
+        write(folder / f"{name}.ipynb", ["x = 1", "x *= 2", "x *= 2", "assert x == 4"])
+    command = [sys.executable, "-m", "pytest", "--nbval", "-n2", "-p", "no:cacheprovider", folder]
+    finished = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert "8 passed" in finished.stdout, finished.stdout
+
+
+def status_of(address):
+    end = time.monotonic() + DEADLINE
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=DEADLINE) as reply:
+                return reply.status
+        except urllib.error.URLError:  # Jupyter prints its address before it listens
+            assert time.monotonic() < end, address
+            time.sleep(0.1)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is missing")
+def test_the_address_that_make_lab_prints_is_that_of_the_first_notebook(tmp_path):
+    environment = {f"JUPYTER_{name}_DIR": str(tmp_path) for name in ("CONFIG", "DATA", "RUNTIME")}
+    bin_folder = f"BIN={Path(sys.executable).parent}"
+    recipe = subprocess.run(
+        ["make", "-n", "--old-file=.venv/.ready", "lab", bin_folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=True,
+    )
+    command = recipe.stdout.splitlines()[-1]
+    with subprocess.Popen(
+        f"exec {command} --no-browser --port=0",
+        shell=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        late = threading.Timer(DEADLINE, server.kill)
+        late.start()
+        try:
+            printed = (
+                re.search(r"(http://\S+?/)(lab\S*)\?(token=\S+)", line) for line in server.stderr
+            )
+            root, page, token = next(found for found in printed if found).groups()
+            assert page == "lab/tree/00_start_here.ipynb"
+            for address in (page, "api/contents/00_start_here.ipynb"):
+                assert status_of(f"{root}{address}?{token}") == 200
+        finally:
+            late.cancel()
+            server.kill()

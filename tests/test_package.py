@@ -203,14 +203,17 @@ def test_errors_can_be_pickled(kind):
 
 LAYERS = [
     {"errors", "compat", "checks"},
-    {"waiting", "keys", "pipeline", "tensors", "phases", "seals", "launched"},
-    {"gates", "boxes", "calls", "store", "barrier_state", "backends"},
-    {"barrier", "observer", "messages", "members"},
+    {"deadline", "keys", "pipeline", "tensors", "phases", "seals", "launched"},
+    {"client", "interrupts", "barrier_state", "backends"},
+    {"waiting", "calls", "store"},
+    {"gates", "boxes", "observer", "members"},
+    {"barrier", "messages"},
     {"rendezvous", "mailbox", "gathering"},
     {"stateless", "process_groups", "collectives", "small_sums"},
 ]
 INDEPENDENT = {"tensor_parallel", "polling"}
 OUTER = {
+    "engine_guard",
     "engines",
     "figures",
     "benchmarks",

@@ -401,6 +401,8 @@ def test_compare_has_a_row_for_each_rule_and_the_best():
     assert [row.rule for row in rows] == [*RULES, "best"]
     refused = next(row for row in rows if row.rule == "embedding and head divisible")
     assert not refused.stages and "do not divide by 8 stages" in refused.remarks[0]
+    (line,) = (line for line in table(rows).splitlines() if line.startswith(refused.rule))
+    assert line.count(refused.rule) == 1
     blocks = kv_blocks(LLAMA_70B, L4, RULES["front"](80, 8), Serving())
     assert next(row.kv_blocks for row in rows if row.rule == "front") == blocks
     assert all(row.decode_tokens_per_second <= rows[-1].decode_tokens_per_second for row in rows)
@@ -437,13 +439,18 @@ def test_the_command_prints_the_comparison_and_the_best(capsys):
         (["gpt-9", "l4", "8"], "model='gpt-9': must be one of llama-3.1-8b"),
         (["phi-4", "h300", "8"], "device='h300': must be one of l4, rtx-4090"),
         (["llama-3.1-405b", "h100", "8"], "no partition leaves room"),
-        (["phi-4", "l4", "41"], "pp_size=41: must be in 1..40 for phi-4"),
+        (["phi-4", "l4", "41"], "argument --stages: 41: must be at most 40, the layers of phi-4"),
+        (["phi-4", "l4", "0"], "argument --stages: 0: must be at least 1"),
+        (["phi-4", "l4", "two"], "argument --stages: invalid int value: 'two'"),
+        (["phi-4", "l4", "2", "--memory-share", "nan"], "--memory-share: nan: must be above 0"),
+        (["phi-4", "l4", "2", "--reserved-gib", "inf"], "--reserved-gib: inf: must be finite"),
+        (["phi-4", "l4", "2", "--output-tokens", "0"], "--output-tokens: 0: must be at least 1"),
     ],
 )
 def test_the_command_refuses(arguments, message, capsys):
-    model, device, stages = arguments
+    model, device, stages, *others = arguments
     with pytest.raises(SystemExit) as ended:
-        main(["--model", model, "--device", device, "--stages", stages])
+        main(["--model", model, "--device", device, "--stages", stages, *others])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -257,7 +257,7 @@ MESSAGES = {
     "rank": re.escape("rank=1: must be in 0..0 (world_size=1)"),
     "size": "world_size=0: must be at least 1",
     "no time": r"timeout=0\.0: must be above 0 seconds",
-    "timeout": r"timeout=-1\.0: must be above 0 seconds",
+    "timeout": r"timeout=-1\.0: must be (above|at least) 0",
 }
 
 

@@ -29,9 +29,10 @@ from refdist import (
     messages,
 )
 from refdist.barrier_state import sign
+from refdist.deadline import Deadline
 from refdist.rendezvous import join
 from refdist.seals import TAG_BYTES, VARIABLE, Seals, is_sealed, secret_from
-from refdist.waiting import Deadline, peek
+from refdist.waiting import peek
 
 SECRET = "correct horse battery staple"
 SLACK = 6.0
@@ -157,10 +158,10 @@ def test_keys_and_payloads_do_not_mix():
     ("given", "in_environment", "expected"),
     [
         (None, None, None),
-        (None, "text", b"text"),
-        ("given", "text", b"given"),
-        (b"\0\xff", None, b"\0\xff"),
-        ("\u00e9", None, b"\xc3\xa9"),
+        (None, "text" * 4, b"text" * 4),
+        ("given" * 4, "text" * 4, b"given" * 4),
+        (b"\0\xff" * 8, None, b"\0\xff" * 8),
+        ("\u00e9" * 8, None, b"\xc3\xa9" * 8),
     ],
 )
 def test_where_a_secret_is_from(monkeypatch, given, in_environment, expected):
@@ -562,9 +563,9 @@ def _come_again(here):
     with here.place("group") as (port, listener):
         if here.rank == 1:
             with pytest.raises(GroupCreationError, match="rank 1 has another secret"):
-                StatelessProcessGroup.create(LOCAL, port, 1, 2, secret="b")
+                StatelessProcessGroup.create(LOCAL, port, 1, 2, secret="b" * 16)
         with StatelessProcessGroup.create(
-            LOCAL, port, here.rank, 2, listen_socket=listener, secret="a"
+            LOCAL, port, here.rank, 2, listen_socket=listener, secret="a" * 16
         ) as group:
             return group.all_gather_obj(here.rank)
 

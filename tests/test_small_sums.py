@@ -87,6 +87,8 @@ def _sum_unusual(here):
     group = form(here)
     whole = torch.arange(12.0).reshape(3, 4)
     cpu_all_reduce_(whole[:, 1], group)
+    negated = torch._neg_view(-torch.arange(3.0)) if here.rank == 0 else torch.arange(3.0)
+    cpu_all_reduce_(negated, group)
     weights = torch.ones(3, requires_grad=True)
     cpu_all_reduce_(weights, group)
     counts = []
@@ -94,7 +96,7 @@ def _sum_unusual(here):
         tensor = torch.full((1 + number % 7,), number)
         counts.append(cpu_all_reduce_(tensor, group).unique().tolist())
     end(here, group)
-    return whole.tolist(), weights.tolist(), counts
+    return whole.tolist(), negated.tolist(), weights.tolist(), counts
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -102,7 +104,8 @@ def test_views_and_many_calls(world_size):
     whole = torch.arange(12.0).reshape(3, 4)
     whole[:, 1] *= world_size
     expected = (
-        whole.tolist(), [world_size] * 3, [[number * world_size] for number in range(200)],
+        whole.tolist(), [0, world_size, 2 * world_size], [world_size] * 3,
+        [[number * world_size] for number in range(200)],
     )  # fmt: skip
     assert run_ranks(_sum_unusual, world_size) == [expected] * world_size
 
@@ -128,6 +131,30 @@ def _sum_alone(here, own_timeout):
 @pytest.mark.parametrize("own_timeout", [True, False])
 def test_in_vain(own_timeout):
     assert run_ranks(_sum_alone, 2, own_timeout)[0] < (1 if own_timeout else 3) + SLACK
+
+
+# One rank has another shape or dtype: all ranks get an error in time, and none a wrong sum.
+
+MISFITS = {
+    "longer": torch.ones(8),
+    "empty": torch.ones(0),
+    "as many bytes": torch.ones(4, dtype=torch.int32),
+    "another shape": torch.ones(2, 2),
+}
+
+
+def _misfit(here, name):
+    group = form(here)
+    tensor = MISFITS[name] if here.rank == 1 else torch.ones(4)
+    with pytest.raises(CollectiveError, match=rf"^cpu_all_reduce_ failed on rank {here.rank} of"):
+        cpu_all_reduce_(tensor, group, timedelta(seconds=1))
+    end(here, group)
+
+
+@pytest.mark.parametrize("name", MISFITS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_another_shape_or_dtype(world_size, name):
+    run_ranks(_misfit, world_size, name)
 
 
 def _lose_a_rank(here):

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.control import (
@@ -18,6 +21,7 @@ from refdist.benchmarks.control import (
     time_many_ranks,
 )
 from refdist.benchmarks.data_plane import DTYPES, Plan, run_all_reduce
+from refdist.benchmarks.launch import under_torchrun
 from refdist.benchmarks.records import append_records, describe_machine, to_record
 from refdist.benchmarks.secret import WORLD_SIZES as SECRET_WORLD_SIZES
 from refdist.benchmarks.secret import time_secret
@@ -136,6 +140,10 @@ def _allreduce(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     bad = [size for size in options.sizes or () if size < 1 or size % 8]
     if bad:
         parser.error(f"--sizes {bad[0]}: must be multiples of 8, above 0")
+    if options.backend == "nccl":
+        _check_gpus(parser, options.world_size)
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: its folder must exist")
     plan = Plan(
         options.world_size, options.backend, options.sizes, options.dtypes, options.ways,
         options.repeats,
@@ -152,6 +160,20 @@ def _allreduce(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         _print_all_reduce(timings, machine)
     if options.output:
         append_records(options.output, records)
+
+
+def _check_gpus(parser: argparse.ArgumentParser, world_size: int | None) -> None:
+    """End with an error unless NCCL has a GPU for each rank of this machine."""
+    gpus = torch.cuda.device_count()
+    if under_torchrun():
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    else:
+        ranks = world_size or max(gpus, 2)
+    if gpus < ranks:
+        parser.error(
+            f"--backend nccl: must have a GPU for each of {ranks} ranks, and torch finds {gpus}; "
+            f"use --backend gloo, or fewer ranks"
+        )
 
 
 def _print_all_reduce(timings: Sequence[AllReduceTiming], machine: dict[str, str]) -> None:

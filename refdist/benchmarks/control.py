@@ -20,9 +20,9 @@ import torch
 from torch.distributed import TCPStore
 
 from refdist.barrier import Barrier
-from refdist.client import StoreClient
 from refdist.benchmarks.bare import bare_barriers
 from refdist.benchmarks.launch import LOCAL, place, run_ranks
+from refdist.client import StoreClient
 from refdist.compat import STORE_BARRIER, store_features
 from refdist.process_groups import stateless_init_torch_distributed_process_group
 from refdist.stateless import StatelessProcessGroup

@@ -3,6 +3,13 @@
 Every distinction that is made by a colour is also made by a hatch, a marker or a label.
 """
 
+try:
+    import matplotlib  # noqa: F401  # so that what it says of its absence is said once
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"refdist.figures needs {error.name}: pip install 'refdist[notebooks]'", name=error.name
+    ) from None
+
 from refdist.figures.all_reduce import all_reduce_times, all_reduce_ways, size_name
 from refdist.figures.barriers import barrier_timeline, keys_over_time
 from refdist.figures.partitions import (

@@ -1,5 +1,6 @@
 """Figures of the schedules that an exploration finds."""
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -25,7 +26,7 @@ def schedule(timeline: Timeline, title: str = "") -> Figure:
     """A schedule from top to bottom: one column a rank, one row for what a rank does or learns.
 
     A column's line is thick while the rank is in a call, and dotted while it waits. An arrow leads
-    from the step that wakes a rank to that rank.
+    from the step that wakes a rank to that rank, from the left.
     """
     rows = list(enumerate(timeline.events))
     longest = max((len(event.text) for event in timeline.events), default=0)
@@ -61,7 +62,9 @@ def schedule(timeline: Timeline, title: str = "") -> Figure:
         ax.spines[side].set_visible(False)
     ax.set_title(title, loc="left")
     if timeline.conclusion:
-        ax.set_xlabel(f"Not so: {timeline.conclusion}", loc="left", weight="bold")
+        width = int((fig.get_figwidth() - 0.6) / 0.08)  # inches of a bold letter
+        conclusion = textwrap.fill(f"Not so: {timeline.conclusion}", width)
+        ax.set_xlabel(conclusion, loc="left", weight="bold")
     kinds = {event.kind for event in timeline.events}
     handles = [
         plt.Line2D([], [], linestyle="", marker=marker, color=colour, markeredgecolor="black",
@@ -76,7 +79,7 @@ def _draw_lifeline(ax: Axes, x: float, own: Sequence[tuple[int, Event]], length:
     """The line of a rank, from one of its events to the next."""
     ax.plot([x, x], [-0.8, length - 0.6], color="black", linewidth=0.6, alpha=0.4, zorder=1)
     inside = False
-    for (row, event), (following, _) in zip(own, [*own[1:], (length - 0.6, None)], strict=True):
+    for (row, event), (following, _) in zip(own, [*own[1:], (length - 0.6, None)], strict=False):
         if event.kind in ("returns", "raises", "dies", "enters"):
             inside = event.kind == "enters"
         if inside:
@@ -85,7 +88,15 @@ def _draw_lifeline(ax: Axes, x: float, own: Sequence[tuple[int, Event]], length:
 
 
 def _draw_arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Along the row of the start, which has one label, and down where no column has any."""
+    beside = end[0] - 0.22
+    ax.plot(
+        [start[0], beside, beside], [start[1], start[1], end[1]],
+        color=ORANGE, linewidth=1.2, zorder=2, solid_joinstyle="round", label="arrow",
+    )  # fmt: skip
     ax.annotate(
-        "", xy=end, xytext=start, zorder=2,
-        arrowprops={"arrowstyle": "->", "color": ORANGE, "shrinkA": 6, "shrinkB": 7},
+        "", xy=end, xytext=(beside, end[1]), zorder=2,
+        arrowprops={
+            "arrowstyle": "->", "color": ORANGE, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 5
+        },
     )  # fmt: skip

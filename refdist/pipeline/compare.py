@@ -87,7 +87,8 @@ def compare(
         try:
             stages = rule(model.num_hidden_layers, pp_size, model.weights)
         except ValueError as error:
-            rows.append(Assessment(name, (), 0, 0.0, 0.0, 0.0, (str(error),)))
+            reason = str(error).removeprefix(f"{name}: ")  # the row has the name already
+            rows.append(Assessment(name, (), 0, 0.0, 0.0, 0.0, (reason,)))
         else:
             rows.append(assess(name, model, device, stages, serving))
     best = best_partition(model, device, pp_size, objective, serving)
