@@ -32,7 +32,7 @@ Who confirms first sees the sleepers in the state, opens the gate, and says in t
 has, because until then it needs the store. Who is woken looks at the state: a gate that is open
 before there is an outcome was opened by someone who is no rank, and this breaks the barrier.
 
-Requests to the store: at most 10 a rank, of constant size, and one more for each second of waiting.
+Requests to the store: at most 11 a rank, of constant size, and one more for each second of waiting.
 With ``Store.barrier``, and nobody asleep, 3 a rank, 4 for the last to leave, and 6 for rank 0. When
 a barrier breaks, at most 13 a rank; 15 for the one that breaks it, and one more for each rank that
 falls asleep meanwhile. In the next complete barrier rank 0 deletes the 16 keys of the epoch, and
@@ -261,6 +261,9 @@ class Barrier:
         state = State.of(self._store.add(slot.state, ASLEEP))
         if state.broken or state.left > 0:
             return True, ASLEEP
+        # a slow store may have let the first wait of every rank run out, with all of them there
+        if not self._gates.open_always and self._all_here(slot, generation):
+            return True, 0
         # whoever confirms first sees the sleeper, and opens the gate
         if not self._gates.wait(slot.wake, deadline):
             return False, 0

@@ -131,8 +131,8 @@ class OldKeysStay(Barrier):
 class EveryoneTellsWhy(Barrier):
     """Every rank whose time is up writes why, and not only the one that broke the barrier."""
 
-    def _break(self, slot, generation, deadline, reason):
-        super()._break(slot, generation, deadline, reason)
+    def _break(self, slot, generation, deadline, reason, again=False):
+        super()._break(slot, generation, deadline, reason, again)
         why = write_reason(self._rank, reason, [], deadline.elapsed(), deadline.allowed)
         self._store.set(keys.reason(self._epoch), why)
 

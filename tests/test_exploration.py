@@ -25,12 +25,14 @@ from refdist import (
     messages,
 )
 from refdist.barrier import Barrier
+from refdist.deadline import CancelledWaitError, Deadline
 from refdist.exploration import (
     REFDIST_BARRIER,
     RefdistWords,
     agreement,
-    everyone_is_woken,
     explore,
+    next_call_works,
+    no_key_stays,
     nobody_waits_for_ever,
     rank_0_leaves_last,
     replay,
@@ -364,19 +366,124 @@ def test_a_closed_connection():
 # The shipped barrier.
 
 
-# Two ranks, a crash, and any number of timeouts. All ranks may sleep at once then, until the time
-# of one is up: if the store takes more than a second to answer, the last to arrive sleeps too.
+# Two ranks, a crash, and any number of timeouts.
 @BOTH_KINDS
 def test_all_schedules_of_two_ranks(native):
-    properties = [holds for holds in REFDIST_BARRIER if holds is not everyone_is_woken]
     with kind_of_gates(native):
         found = explore(
-            barriers(), 2, [*properties, within(3.01)],
+            barriers(), 2, [*REFDIST_BARRIER, within(3.01)],
             timeouts=99, crashes=1,
         )  # fmt: skip
     assert found.counterexample is None and found.complete
-    assert found.states > (50_000 if native else 5_000)
+    assert found.states > (30_000 if native else 5_000)
     assert found.schedules > 10**6
+
+
+# A rank is interrupted, once, after any of its waits. It has not been there then, and comes again;
+# or all were there, and it knows that.
+
+
+class InterruptedDeadline(Deadline):
+    """Is cancelled as soon as a wait has timed out."""
+
+    def slice(self):
+        if self.elapsed() > 0:
+            self.cancel("an interrupt")
+        return super().slice()
+
+
+def interrupted(ranks, rounds=1, kind=Barrier):
+    def protocol(store, rank, world_size):
+        barrier = kind(store, rank, world_size)
+
+        def call(number):
+            deadline = Deadline if number or rank not in ranks else InterruptedDeadline
+            try:
+                barrier.wait(deadline(9.0))
+            except CancelledWaitError as error:
+                if barrier.generation == number:
+                    barrier.wait(9.0)
+                elif not error.completed:
+                    raise
+
+        return {f"barrier {number}": partial(call, number) for number in range(rounds)}
+
+    return protocol
+
+
+# the keys of barriers that were tried again go with the next broken or complete one
+WITHOUT_KEYS = [holds for holds in REFDIST_BARRIER if holds is not no_key_stays]
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(
+    ("world_size", "ranks", "rounds", "timeouts", "width"),
+    [(2, (0, 1), 1, 2, None), (2, (0, 1), 2, 1, None), (3, (0, 1, 2), 1, 1, 2_000)],
+)
+def test_interrupted_ranks(world_size, ranks, rounds, timeouts, width, native):
+    with kind_of_gates(native):
+        found = explore(
+            interrupted(ranks, rounds), world_size, WITHOUT_KEYS, timeouts=timeouts, width=width
+        )
+    assert found.counterexample is None and found.complete is (width is None)
+    assert found.schedules > 10**6
+
+
+# Were the others not told, they would let the rank pass alone, or wait for it in vain.
+
+
+class GoesWithoutAWord(Barrier):
+    """A rank that is interrupted says nothing, and comes again as if it had not been there."""
+
+    def _break(self, slot, generation, deadline, reason, again=False):
+        if again:
+            raise CancelledWaitError(reason)
+        super()._break(slot, generation, deadline, reason)
+
+
+@BOTH_KINDS
+def test_interrupted_without_a_word(native):
+    with kind_of_gates(native):
+        found = explore(interrupted((0, 1), 1, GoesWithoutAWord), 2, WITHOUT_KEYS, timeouts=1)
+    assert found.counterexample is not None
+
+
+# One rank makes a call alone, and breaks it, or rank 0 alone does. Then both realign, whatever the
+# other has made of that call, and are in step.
+
+
+def realigned(alone):
+    def protocol(store, rank, world_size):
+        group = StatelessProcessGroup(rank, world_size, store)
+
+        def break_alone():
+            group._barrier.break_off("its time was up")
+
+        calls = {"alone": break_alone} if rank == alone else {}
+        return calls | {
+            "realign": lambda: group.realign(timeout=9.0),
+            "gather": lambda: group.all_gather_obj(rank, timeout=9.0),
+        }
+
+    return protocol
+
+
+def everyone_realigns(snapshot):
+    """Whoever has ended the last call has got what both brought to it."""
+    gathers = snapshot.named("gather").values()
+    return all(call.value == [0, 1] for call in gathers if call.returned)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("alone", [0, 1])
+def test_realigned_ranks(alone, native):
+    both = [everyone_realigns, nobody_waits_for_ever]
+    with kind_of_gates(native):
+        found = explore(realigned(alone), 2, both, timeouts=1)
+        undisturbed = explore(realigned(alone), 2, [*both, next_call_works], timeouts=0)
+    for some in (found, undisturbed):
+        assert some.counterexample is None and some.complete
+        assert some.schedules > 1_000
 
 
 @BOTH_KINDS
