@@ -2,6 +2,7 @@
 # make test       set everything up and check everything
 #                 TORCH=2.6.0: with another torch, in an environment of its own
 # make fuzz       let a stranger write 100,000 inputs into the stores of live groups: minutes
+# make nemesis    kill, stop and interrupt ranks at random for SECONDS=600, and check their logs
 # make notebooks  execute all notebooks and store them with their outputs
 # make clean      remove what make made
 
@@ -11,7 +12,7 @@ VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: lab test fuzz notebooks format clean
+.PHONY: lab test fuzz nemesis notebooks format clean
 
 lab: $(READY)
 	@# without a browser, it prints an address: that of the notebook
@@ -22,6 +23,9 @@ test: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py
+
+nemesis: $(READY)
+	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python tests/nemesis.py $(or $(SECONDS),600)
 
 notebooks: $(READY)
 	$(BIN)/python tests/store_notebooks.py
