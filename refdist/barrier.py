@@ -27,10 +27,17 @@ A broken barrier ends the *epoch*: the next one uses keys with new names, becaus
 have to find the broken one. Rank 0 deletes the old keys when a barrier completes, as everyone has
 come past them by then.
 
+A rank that is *interrupted* before the barrier is decided has not been there. It breaks the barrier
+like one whose time is up, but its break says "again": the others try again in the next epoch, where
+the rank may come or not, and no barrier is counted. One bit of the state says it, so all ranks
+agree on that as well. If the barrier is decided, the interrupt waits until the rank has left.
+
 A rank that has waited for a second falls *asleep*: it says so in the state, and waits at a gate.
 Who confirms first sees the sleepers in the state, opens the gate, and says in the state that it
 has, because until then it needs the store. Who is woken looks at the state: a gate that is open
-before there is an outcome was opened by someone who is no rank, and this breaks the barrier.
+before there is an outcome was opened by someone who is no rank, and this breaks the barrier. With
+``Store.barrier`` a rank looks at the roll before it sleeps: a slow store may have let the first
+wait of every rank run out, with all of them there.
 
 Requests to the store: at most 11 a rank, of constant size, and one more for each second of waiting.
 With ``Store.barrier``, and nobody asleep, 3 a rank, 4 for the last to leave, and 6 for rank 0. When

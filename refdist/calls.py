@@ -121,7 +121,7 @@ class Calls:
         """Forget a call that was torn: what follows only leaves the group."""
         present = self._present.get("call")
         if present is not None and not _runs(present):
-            del self._present["call"]
+            self._present.pop("call", None)
 
     def _begin(self, call: _Call) -> None:
         """Make a call the present one, unless there is one."""
@@ -130,18 +130,18 @@ class Calls:
                 f"{call.what}: process {self._process} formed this group, and process "
                 f"{os.getpid()}, which was forked from it, cannot use it; form a group of its own"
             )
-        present = self._present.setdefault("call", call)
-        if present is call:
-            return
-        if _runs(present):
-            raise ConcurrentCallError(
-                f"{call.what}: {present.what} is running in thread {present.thread}; a group is "
-                f"for one thread at a time, so create a group for each thread"
-            )
-        raise StoreConnectionError(
-            f"{call.what}: this rank has lost its group, because an exception from outside ended "
-            f"{present.what} in the middle; form a new group"
-        )
+        while (present := self._present.setdefault("call", call)) is not call:
+            if _runs(present):
+                raise ConcurrentCallError(
+                    f"{call.what}: {present.what} is running in thread {present.thread}; a group "
+                    f"is for one thread at a time, so create a group for each thread"
+                )
+            # one that has just ended is there no more
+            if self._present.get("call") is present:
+                raise StoreConnectionError(
+                    f"{call.what}: this rank has lost its group, because an exception from outside "
+                    f"ended {present.what} in the middle; form a new group"
+                )
 
 
 def _runs(call: _Call) -> bool:

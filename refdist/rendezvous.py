@@ -8,7 +8,6 @@ earlier group of the same ranks wrote is refused, whatever was the same: secret,
 import os
 import socket
 import time
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -42,19 +41,23 @@ _RETRY_SECONDS = 0.05
 _TOKEN_BYTES = 32
 
 
+# by host, port and rank
 _formed: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
+_stores: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
 
 
 def remember(group: Any, host: str, port: int, rank: int) -> None:
     """Note which group of this process is this rank of the group on a host and port.
 
     Args:
-        group: with a method ``end``, if it can be ended for the next one there.
+        group: with a ``store`` and a method ``end``, if it can be ended for the next one there.
         host: as the user gave it.
         port: of the store.
         rank: of this process.
     """
     _formed[host, port, rank] = group
+    if hasattr(group, "end"):
+        _stores[host, port, rank] = group.store
 
 
 def _end_the_one_before(host: str, port: int, rank: int) -> None:
@@ -62,18 +65,17 @@ def _end_the_one_before(host: str, port: int, rank: int) -> None:
 
     Otherwise two stores would accept on one port, and each would get some of the ranks.
     """
-    before = _formed.pop((host, port, rank), None)
-    if before is None:
-        return
-    if not hasattr(before, "end"):
+    place = host, port, rank
+    before = _formed.get(place)
+    if before is not None and not hasattr(before, "end"):
         raise ValueError(
             f"rank={rank}: this process has a torch group on {host}:{port} that nobody has "
             f"deleted, and with it its store; destroy and del that one on all ranks, or take "
             f"another port"
         )
-    store = weakref.ref(before.store) if hasattr(before, "store") else None
-    before.end()
-    if store is not None and store() is not None:
+    if before is not None:
+        before.end()
+    if place in _stores:
         raise ValueError(
             f"rank={rank}: this process still has the store of its last group on {host}:{port}, "
             f"which was closed; delete what refers to group.store, or take another port"

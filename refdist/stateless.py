@@ -67,10 +67,17 @@ class StatelessProcessGroup:
     serves one request of this process at a time.
 
     Every method that waits can be interrupted (SIGINT), which ends it within about a second, and
-    the group works afterwards. Every method ends in time. It raises StoreConnectionError when the
-    store is lost, and also when the store has not answered a second after the timeout, because the
-    process of rank 0 is stopped or out of reach. The group is lost then on this rank, and what the
-    method began may still take place when rank 0 goes on.
+    the group works afterwards. A barrier or gather that not all ranks had come to has not taken
+    place for the interrupted rank, which may call it again; ``generation`` tells. An object that
+    had come goes to the next call. Whatever else raises in the middle of a call, such as the
+    handler of another signal, costs this rank the group: later calls say so with a
+    StoreConnectionError, and the other ranks miss this one within their timeouts.
+
+    Every method ends in time. It raises StoreConnectionError when the store is lost, and also when
+    the store has not answered a second after the timeout, because the process of rank 0 is stopped
+    or out of reach. The group is lost then on this rank, and what the method began may still take
+    place when rank 0 goes on. A timeout limits waiting: a large object takes its time to be
+    written and read. A process that is forked from one in a group cannot use the group.
 
     Objects travel as pickles, so who can forge one can run code on every rank. With ``secret`` in
     ``create``, values carry tags, and what no rank of the group wrote is refused with an
@@ -147,7 +154,8 @@ class StatelessProcessGroup:
 
         In place of ``torch.distributed.init_process_group``, which forms one group in a process
         and for good. With this function, processes A and B form a group, and then A, B, C and D
-        form another. Blocks until all ``world_size`` ranks have come.
+        form another. Blocks until all ``world_size`` ranks have come. A group that this process
+        formed before as the same rank on the same host and port is ended first.
 
         Args:
             host: where rank 0 listens, and nowhere else: a name, an IPv4 or an IPv6 address.
@@ -167,8 +175,8 @@ class StatelessProcessGroup:
                 address.
 
         Raises:
-            ValueError: an argument is out of its range, the rank is taken, or rank 0 was given
-                another world size.
+            ValueError: an argument is out of its range, the rank is taken, rank 0 was given another
+                world size, or the group of before cannot be ended, because its store is kept.
             OSError: the host does not resolve, or on rank 0, cannot be listened on.
             GroupCreationError: a rank did not come in time; the text says how many came. Or this
                 rank has another secret than rank 0, or only one of them has one: then it is raised

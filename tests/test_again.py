@@ -2,7 +2,9 @@
 
 import random
 import socket
+import threading
 import time
+from datetime import timedelta
 
 import pytest
 from ranks import LOCAL, run_ranks, run_threads
@@ -57,8 +59,10 @@ def _keep_the_store(here):
         group = StatelessProcessGroup.create(LOCAL, port, here.rank, 2, **options)
         store = group.store
         start = time.monotonic()
-        with pytest.raises(ValueError, match=r"still has the store of its last group on .* delete"):
-            StatelessProcessGroup.create(LOCAL, port, here.rank, 2, **options)
+        for _ in range(2):
+            text = r"still has the store of its last group on .* delete"
+            with pytest.raises(ValueError, match=text):
+                StatelessProcessGroup.create(LOCAL, port, here.rank, 2, **options)
         seconds = time.monotonic() - start
         here.meet("refused")
         del store
@@ -204,3 +208,31 @@ def _stranger_stops_at_creation(here):
 
 def test_a_stranger_stops_at_creation():
     assert max(run_ranks(_stranger_stops_at_creation, 2)) < 6 + SLACK
+
+
+# A stranger deletes the count of arrivals, again and again: the call ends in its own time, and not
+# in that of the store, which waits so long for a key that is gone.
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stranger_deletes_the_count(rank):
+    server = create_tcp_store(LOCAL, 0, is_master=True, timeout=timedelta(seconds=30))
+    stores = [server, create_tcp_store(LOCAL, server.port, timeout=timedelta(seconds=30))]
+    stranger = create_tcp_store(LOCAL, server.port)
+    group = StatelessProcessGroup(rank, 2, stores[rank])
+    over = threading.Event()
+
+    def hammer():
+        while not over.is_set():
+            stranger.delete_key("barrier/0/0/arrived")
+
+    thread = threading.Thread(target=hammer, daemon=True)
+    thread.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(BarrierError, match="its time was up"):
+            group.barrier(timeout=0.3)
+        assert time.monotonic() - start < 0.3 + SLACK
+    finally:
+        over.set()
+        thread.join(20)

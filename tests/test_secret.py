@@ -663,3 +663,16 @@ def test_a_stranger_can_delete():
     with pytest.raises(MessageTimeoutError, match="waited in vain for this from rank 0"):
         one.recv_obj(0, timeout=0.5)
     assert peek(store, keys.message(0, 1, 0)) is None
+
+
+# A creation that fails: no variable of refdist's in the traceback shows the secret.
+@pytest.mark.parametrize("form", ["create", "from_env"])
+def test_a_traceback_does_not_show_the_secret(form):
+    secret = "a secret that nobody shall read"
+    place = {"port": 0, "rank": 0, "world_size": 2, "store_timeout": 0.2, "secret": secret}
+    with pytest.raises(GroupCreationError) as caught:
+        getattr(StatelessProcessGroup, form)(host=LOCAL, **place)
+    frames = [entry.frame for entry in caught.traceback]
+    shown = [repr(frame.f_locals) for frame in frames if "refdist/" in str(frame.code.path)]
+    assert len(shown) > 3
+    assert not any(secret in text for text in shown)
