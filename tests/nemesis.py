@@ -45,7 +45,8 @@ TIMEOUT = 1.5
 HANG_SECONDS = 30.0
 LARGE = 300_000  # bytes: two chunks
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "refdist"])
+# as in ranks.py, whose processes come from the same one
+_processes.set_forkserver_preload(["torch", "refdist", "pytest"])
 
 
 class Terminated(BaseException):
