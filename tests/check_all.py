@@ -13,7 +13,7 @@ CHECKS = {
     "format": [*PYTHON, "ruff", "format", "--check", "."],
     "types": [*PYTHON, "mypy"],
     # most tests wait, for a timeout or another rank, so several run at once
-    "tests": [*PYTHON, "pytest", "-n4", "--dist=loadgroup", "tests"],
+    "tests": [*PYTHON, "pytest", "-n6", "--dist=loadgroup", "tests"],
     "notebooks": [
         *PYTHON,
         "pytest",

@@ -213,7 +213,7 @@ def cut_off_in_a_message(here, hosts):
             here.tell("cut")
 
     if here.rank == 2:
-        group._mailbox._boxes._store = Watched(group.store, before)
+        group._client._store = Watched(group.store, before)
     group.store.set_timeout(timedelta(seconds=3))
     with Timed(3, 5):
         if here.rank == 2:
