@@ -9,8 +9,9 @@ The simple way is to call the store itself. It fails in two ways.
   raises DistNetworkError. An answer that comes later would be taken for that of the next request,
   so no request follows: the store is lost.
 * An error keeps the variables of all functions that it has left, and a notebook keeps the last
-  error. A store among them would go on to serve, and hold its port. So refdist has a store in one
-  place alone, here, and ``close`` empties it.
+  error. A store among them would go on to serve, and hold its port. So what asks a store has a
+  client in its variables, and ``close`` takes the store out of that. The group, whose attribute
+  ``store`` is the user's, drops it at the same time.
 """
 
 import re
@@ -32,7 +33,7 @@ _ROUGHLY = 0.25  # seconds by which a limit may be off; each new one is a call o
 
 
 class StoreClient:
-    """The only reference that refdist holds to a store, with the requests that it makes.
+    """A store that can be let go, with the requests that refdist makes.
 
     The requests share a connection, on which they take effect in the order in which they are made.
     A store that is no TCPStore has none, and no limit. Every request raises DistNetworkError when
@@ -147,7 +148,7 @@ def _descriptor_of(store: Store) -> int | None:
     """The socket with which a TCPStore speaks to its server; None for another store.
 
     All groups on prefixes of one store share it, and are lost together. torch shows it in the text
-    of the store alone, in the same way on 2.6 to 2.15. Where that changes, a warning says so.
+    of the store alone (seen on 2.11 and 2.13). Where it does not, a warning says so.
     """
     try:
         server = tcp_store_of(store)

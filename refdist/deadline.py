@@ -1,10 +1,9 @@
 """Deadlines, the slices that long waits are made of, and what else ends a call before its end."""
 
-import math
 import time
 from datetime import timedelta
 
-from refdist.checks import check_seconds
+from refdist.checks import check_seconds, wait_of
 
 SLICE_SECONDS = 1.0
 """The longest single wait. A longer one is made of several, and may be cancelled between them."""
@@ -46,7 +45,7 @@ class Deadline:
 
     def __init__(self, allowed: float) -> None:
         self.allowed = check_seconds("timeout", allowed)
-        if not 0 <= self.allowed < math.inf:
+        if self.allowed < 0:
             raise ValueError(f"timeout={allowed}: must be finite seconds, at least 0")
         self.cancelled: str | None = None
         self.in_user_code = False
@@ -75,8 +74,7 @@ class Deadline:
 
     def limit(self) -> timedelta:
         """How long a single wait may take now, cancelled or not."""
-        # a timeout of 0 would mean "for ever" to some stores
-        return timedelta(seconds=max(0.001, min(self.remaining(), SLICE_SECONDS)))
+        return wait_of(min(self.remaining(), SLICE_SECONDS))
 
     def slice(self) -> timedelta:
         """How long a single wait may take now.

@@ -2,7 +2,7 @@
 
 The simple ways fail. Left alone, SIGINT raises KeyboardInterrupt between any two steps of a
 protocol, and ranks are out of step. Blocked (``pthread_sigmask``), it does not end a wait. Run in
-another thread, a protocol is never interrupted, but handing it over takes seven times as long.
+another thread, a protocol is never interrupted, but every call pays for being handed over.
 
 So while a call runs, another handler stands in for that of the process. It runs the handler that
 was there, and keeps what that raises until the call has ended. The call ends early, between two
