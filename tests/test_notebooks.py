@@ -146,7 +146,8 @@ def test_the_address_that_make_lab_prints_is_that_of_the_first_notebook(tmp_path
     )
     command = recipe.stdout.splitlines()[-1]
     with subprocess.Popen(
-        f"exec {command} --no-browser --port=0",
+        # one address: the port that is free on 127.0.0.1 may be taken on ::1
+        f"exec {command} --no-browser --ip=127.0.0.1 --port=0",
         shell=True,
         cwd=ROOT,
         env=os.environ | environment,
@@ -156,10 +157,13 @@ def test_the_address_that_make_lab_prints_is_that_of_the_first_notebook(tmp_path
         late = threading.Timer(DEADLINE, server.kill)
         late.start()
         try:
-            printed = (
-                re.search(r"(http://\S+?/)(lab\S*)\?(token=\S+)", line) for line in server.stderr
-            )
-            root, page, token = next(found for found in printed if found).groups()
+            printed, found = "", None
+            while found is None:
+                line = server.stderr.readline()
+                assert line, f"the server has ended, or was too slow; it printed:\n{printed}"
+                printed += line
+                found = re.search(r"(http://\S+?/)(lab\S*)\?(token=\S+)", line)
+            root, page, token = found.groups()
             assert page == "lab/tree/00_start_here.ipynb"
             for address in (page, "api/contents/00_start_here.ipynb"):
                 assert status_of(f"{root}{address}?{token}") == 200
