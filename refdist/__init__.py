@@ -35,12 +35,13 @@ engine
 stage
     One part of a model that is split into a pipeline of layers.
 
-Importing refdist imports torch and the standard library. ``refdist.engines``, ``refdist.figures``,
-``refdist.observer`` and ``refdist.benchmarks`` are imported by those who need them.
+Importing refdist imports torch and the standard library. ``refdist.lab`` (engines and figures for
+notebooks), ``refdist.exploration`` and ``refdist.benchmarks`` are for those who need them.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
+from refdist.barrier.phases import PhaseEvent
 from refdist.errors import (
     AuthenticationError,
     BarrierError,
@@ -53,23 +54,22 @@ from refdist.errors import (
     MessageTimeoutError,
     StoreConnectionError,
 )
-from refdist.phases import PhaseEvent
+from refdist.group import StatelessProcessGroup
 from refdist.pipeline import get_pp_indices
 from refdist.polling import USE_SCHED_YIELD, sched_yield
-from refdist.process_groups import (
-    init_gloo_process_group,
-    stateless_destroy_torch_distributed_process_group,
-    stateless_init_torch_distributed_process_group,
-)
-from refdist.small_sums import cpu_all_reduce_
-from refdist.stateless import StatelessProcessGroup
-from refdist.store import create_tcp_store
+from refdist.store.listening import create_tcp_store
 from refdist.tensor_parallel import (
     divide,
     ensure_divisibility,
     is_weak_contiguous,
     split_tensor_along_last_dim,
 )
+from refdist.torch_groups.process_groups import (
+    init_gloo_process_group,
+    stateless_destroy_torch_distributed_process_group,
+    stateless_init_torch_distributed_process_group,
+)
+from refdist.torch_groups.small_sums import cpu_all_reduce_
 
 try:
     __version__ = version("refdist")

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from torch.distributed import DistError
 
-from refdist.client import StoreClient
 from refdist.deadline import CancelledWaitError, Deadline, NoRoomError, UserCodeError
 from refdist.errors import (
     BarrierError,
@@ -27,6 +26,7 @@ from refdist.errors import (
     StoreConnectionError,
 )
 from refdist.interrupts import Interrupt, is_on_stack
+from refdist.store.client import StoreClient
 
 T = TypeVar("T")
 

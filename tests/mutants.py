@@ -3,9 +3,8 @@
 from typing import NamedTuple
 from unittest.mock import patch
 
-from refdist import keys
 from refdist.barrier import Barrier
-from refdist.barrier_state import write_reason
+from refdist.barrier.roll import write_reason
 from refdist.errors import BarrierError
 from refdist.exploration import (
     Property,
@@ -19,6 +18,7 @@ from refdist.exploration import (
     one_reason,
     rank_0_leaves_last,
 )
+from refdist.store import keys
 
 
 class NoDeparture(Barrier):
@@ -141,7 +141,7 @@ class NoReason(Barrier):
     """The rank that breaks the barrier does not say why."""
 
     def _break(self, *arguments):
-        with patch("refdist.keys.reason", lambda epoch: "elsewhere"):
+        with patch("refdist.store.keys.reason", lambda epoch: "elsewhere"):
             super()._break(*arguments)
 
 

@@ -34,11 +34,11 @@ from refdist import (
     MessageError,
     StatelessProcessGroup,
     StoreConnectionError,
-    compat,
     create_tcp_store,
+    torch_versions,
 )
 from refdist.errors import GroupCreationError
-from refdist.store import listen
+from refdist.store.listening import listen
 
 LOCAL = "127.0.0.1"
 TIMEOUT = 1.5
@@ -192,7 +192,7 @@ class Rank:
 def _run(rank, size, port, log, seed, libuv, native, secret, seconds):
     torch.set_num_threads(1)
     signal.alarm(int(seconds) + 60)
-    features = [] if native else [compat.switched_off(compat.STORE_BARRIER)]
+    features = [] if native else [torch_versions.switched_off(torch_versions.STORE_BARRIER)]
     with ExitStack() as stack:
         for feature in features:
             stack.enter_context(feature)
@@ -208,7 +208,7 @@ def one_run(seconds, seed, folder):
     size = choose.randint(2, 6)
     libuv, native = choose.random() < 0.6, choose.random() < 0.5
     secret = choose.choice([None, "nemesis of the tests, for all ranks"]) if libuv else None
-    native = native and compat.store_features()[compat.STORE_BARRIER]
+    native = native and torch_versions.store_features()[torch_versions.STORE_BARRIER]
     board = create_tcp_store(LOCAL, 0, is_master=True)
     board.set("number", "0")
     logs = []  # of each process

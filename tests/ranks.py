@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-from refdist import StatelessProcessGroup, create_tcp_store, keys
+from refdist import StatelessProcessGroup, create_tcp_store
 from refdist.barrier import Barrier
-from refdist.barrier_state import signed_by
+from refdist.barrier.roll import signed_by
 from refdist.calls import Calls
-from refdist.client import StoreClient
-from refdist.seals import Seals
+from refdist.store import keys
+from refdist.store.client import StoreClient
+from refdist.store.seals import Seals
 
 LOCAL = "127.0.0.1"
 DEADLINE = 40.0

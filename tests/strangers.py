@@ -31,19 +31,19 @@ from refdist import (
     StatelessProcessGroup,
     StoreConnectionError,
     create_tcp_store,
-    keys,
-    messages,
 )
-from refdist.barrier_state import sign
+from refdist.barrier.roll import sign
 from refdist.deadline import Deadline
-from refdist.members import LeftoverStoreError
-from refdist.rendezvous import join
-from refdist.waiting import peek
+from refdist.joining.membership import LeftoverStoreError
+from refdist.joining.rendezvous import join
+from refdist.objects import encoding
+from refdist.store import keys
+from refdist.store.waiting import peek
 
 OURS = (MessageError, BarrierError, StoreConnectionError)
 AT_CREATION = (GroupCreationError, StoreConnectionError, LeftoverStoreError, ValueError)
 SECRET = "a secret of the fuzzing"
-LARGE = bytes(messages.CHUNK_BYTES + 1)  # two chunks
+LARGE = bytes(encoding.CHUNK_BYTES + 1)  # two chunks
 OVERSIZED = 9 * 2**20
 _BRIEF = 0.05  # seconds to wait for what is there already
 _SLACK = 8.0  # seconds that a slow machine may take beyond a deadline

@@ -18,8 +18,9 @@ import pytest
 from ranks import LOCAL, Watched, run_ranks, run_threads, second_group, with_secret
 from torch.distributed import HashStore, PrefixStore
 
-from refdist import BarrierError, StatelessProcessGroup, compat, create_tcp_store, keys
-from refdist.barrier_state import ASLEEP
+from refdist import BarrierError, StatelessProcessGroup, create_tcp_store, torch_versions
+from refdist.barrier.roll import ASLEEP
+from refdist.store import keys
 
 SLACK = 6.0  # seconds that a slow machine may take beyond a protocol's own deadline
 
@@ -30,7 +31,7 @@ BOTH_KINDS = pytest.mark.parametrize(
             True,
             id="counters",
             marks=pytest.mark.skipif(
-                not compat.store_features()[compat.STORE_BARRIER],
+                not torch_versions.store_features()[torch_versions.STORE_BARRIER],
                 reason="this torch has no Store.barrier",
             ),
         ),
@@ -44,7 +45,7 @@ SECOND = keys.slots(0)[1]
 
 def kind_of_gates(native):
     """All groups made in this context have this kind of gates."""
-    return nullcontext() if native else compat.switched_off(compat.STORE_BARRIER)
+    return nullcontext() if native else torch_versions.switched_off(torch_versions.STORE_BARRIER)
 
 
 def waits_at(gate, request, key):

@@ -40,7 +40,7 @@ from refdist.benchmarks.records import (
 )
 from refdist.benchmarks.secret import SecretTiming, time_secret
 from refdist.benchmarks.ways import Workspace, rounded
-from refdist.compat import STORE_BARRIER, store_features
+from refdist.torch_versions import STORE_BARRIER, store_features
 
 ROOT = Path(__file__).parent.parent
 

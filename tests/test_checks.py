@@ -12,7 +12,7 @@ from ranks import LOCAL, run_ranks
 
 from refdist import InsecureGroupWarning, StatelessProcessGroup, create_tcp_store
 from refdist.checks import MOST_SECONDS, check_seconds, wait_of
-from refdist.seals import SHORTEST, VARIABLE, secret_from
+from refdist.store.seals import SHORTEST, VARIABLE, secret_from
 
 
 @pytest.mark.parametrize("value", [0, 300, 0.5, -1, 1e9])
@@ -92,18 +92,18 @@ def test_the_warning_of_a_short_secret_points_to_the_caller():
 
 _FORK = """
 import os, signal, sys, threading
-from refdist import compat
+from refdist import torch_versions
 
 inside, leave = threading.Event(), threading.Event()
 
 def wait_quietly():
-    with compat.quiet():
+    with torch_versions.quiet():
         if sys.argv[1] == "locked":
-            compat._quiet_lock.acquire()
+            torch_versions._quiet_lock.acquire()
         inside.set()
         leave.wait()
         if sys.argv[1] == "locked":
-            compat._quiet_lock.release()
+            torch_versions._quiet_lock.release()
 
 thread = threading.Thread(target=wait_quietly)
 thread.start()
@@ -111,17 +111,17 @@ inside.wait()
 child = os.fork()
 if child == 0:
     signal.alarm(20)
-    levels = [compat._log_level().value]
-    with compat.quiet():
-        levels.append(compat._log_level().value)
-    levels.append(compat._log_level().value)
+    levels = [torch_versions._log_level().value]
+    with torch_versions.quiet():
+        levels.append(torch_versions._log_level().value)
+    levels.append(torch_versions._log_level().value)
     os.write(1, f"child {levels}\\n".encode())
     os._exit(0)
 os.waitpid(child, 0)
-during = compat._log_level().value
+during = torch_versions._log_level().value
 leave.set()
 thread.join()
-print("parent", [during, compat._log_level().value])
+print("parent", [during, torch_versions._log_level().value])
 """
 
 

@@ -15,11 +15,11 @@ from torch.distributed import ReduceOp
 
 from refdist import (
     CollectiveError,
-    collectives,
     cpu_all_reduce_,
     stateless_destroy_torch_distributed_process_group,
     stateless_init_torch_distributed_process_group,
 )
+from refdist.torch_groups import collectives
 
 SLACK = 8.0
 

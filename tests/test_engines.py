@@ -15,7 +15,7 @@ import pytest
 from ipyparallel.error import EngineError
 from jupyter_client import KernelManager
 
-from refdist.engines import PROFILE, LocalEngines
+from refdist.lab.engines import PROFILE, LocalEngines
 
 DEADLINE = 60.0
 
@@ -129,7 +129,7 @@ def test_nothing_is_left_when_the_body_raises_and_after_another_stop():
 def owner(folder, program, **environment):
     """A process that runs a program and has a folder for temporary files. It is killed at last."""
     env = os.environ | {"TMPDIR": str(folder)} | environment
-    command = [sys.executable, "-c", "from refdist.engines import LocalEngines\n" + program]
+    command = [sys.executable, "-c", "from refdist.lab.engines import LocalEngines\n" + program]
     with subprocess.Popen(
         command, stdin=PIPE, stdout=PIPE, text=True, env=env, start_new_session=True
     ) as process:
@@ -347,7 +347,9 @@ def notebook(tmp_path):
         wait_until_nothing_is_left(tmp_path)
 
 
-START = "from refdist.engines import LocalEngines; engines = LocalEngines(2); print(*engines.pids)"
+START = (
+    "from refdist.lab.engines import LocalEngines; engines = LocalEngines(2); print(*engines.pids)"
+)
 
 
 def test_stop_interrupts_a_cell_and_its_engines(notebook, tmp_path):
@@ -389,13 +391,14 @@ def test_a_cell_says_that_an_engine_has_ended_and_new_engines_replace_the_old(no
 
 
 def test_without_ipyparallel():
-    program = "import sys; sys.modules['ipyparallel'] = None; import refdist.engines"
+    program = "import sys; sys.modules['ipyparallel'] = None; import refdist.lab.engines"
     finished = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE
     )
     last = finished.stderr.splitlines()[-1]
     assert last == (
-        "ModuleNotFoundError: refdist.engines needs ipyparallel: pip install 'refdist[notebooks]'"
+        "ModuleNotFoundError: refdist.lab.engines needs ipyparallel: "
+        "pip install 'refdist[notebooks]'"
     )
 
 

@@ -21,8 +21,7 @@ from refdist import (
     MessageExpiredError,
     MessageTimeoutError,
     StatelessProcessGroup,
-    compat,
-    messages,
+    torch_versions,
 )
 from refdist.barrier import Barrier
 from refdist.deadline import CancelledWaitError, Deadline
@@ -39,9 +38,11 @@ from refdist.exploration import (
     within,
 )
 from refdist.exploration.machine import Machine
+from refdist.objects import encoding
 
 COUNTERS = pytest.mark.skipif(
-    not compat.store_features()[compat.STORE_BARRIER], reason="this torch has no Store.barrier"
+    not torch_versions.store_features()[torch_versions.STORE_BARRIER],
+    reason="this torch has no Store.barrier",
 )
 BOTH_KINDS = pytest.mark.parametrize(
     "native", [pytest.param(True, id="counters", marks=COUNTERS), pytest.param(False, id="keys")]
@@ -50,7 +51,7 @@ SECOND = timedelta(seconds=1)
 
 
 def kind_of_gates(native):
-    return nullcontext() if native else compat.switched_off(compat.STORE_BARRIER)
+    return nullcontext() if native else torch_versions.switched_off(torch_versions.STORE_BARRIER)
 
 
 def barriers(rounds=1, kind=Barrier):
@@ -691,7 +692,7 @@ def test_messages(timeouts, crashes, seconds):
 @pytest.mark.parametrize("seconds", [0, 2], ids=["kept", "expired"])
 def test_messages_in_chunks(seconds):
     objects = ["x" * 300]
-    with patch.object(messages, "CHUNK_BYTES", 128):
+    with patch.object(encoding, "CHUNK_BYTES", 128):
         found = explore(
             mail(objects, 2, seconds), 2, [nobody_waits_for_ever, in_order(objects)],
             timeouts=1, crashes=1,

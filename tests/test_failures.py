@@ -24,14 +24,13 @@ from refdist import (
     MessageTimeoutError,
     StatelessProcessGroup,
     StoreConnectionError,
-    compat,
     create_tcp_store,
-    keys,
+    torch_versions,
 )
-from refdist.boxes import Boxes
-from refdist.messages import CHUNK_BYTES
-from refdist.store import listen
-from refdist.waiting import peek
+from refdist.objects.boxes import Boxes
+from refdist.objects.encoding import CHUNK_BYTES
+from refdist.store import keys, listen
+from refdist.store.waiting import peek
 
 SLACK = 6.0  # seconds that a slow machine may take beyond a protocol's own deadline
 TIMEOUT = 1.5
@@ -44,7 +43,7 @@ ASLEEP = 1 << 48  # from here on, the state of a barrier counts those asleep
 pytestmark = pytest.mark.xdist_group("failures")
 
 # With what torch offers, and without, as on an old one.
-WITHOUT = [(compat.STORE_BARRIER,)]
+WITHOUT = [(torch_versions.STORE_BARRIER,)]
 with_and_without = pytest.mark.parametrize(
     "without",
     [
@@ -52,11 +51,11 @@ with_and_without = pytest.mark.parametrize(
             (),
             id="counters",
             marks=pytest.mark.skipif(
-                not compat.store_features()[compat.STORE_BARRIER],
+                not torch_versions.store_features()[torch_versions.STORE_BARRIER],
                 reason="this torch has no Store.barrier",
             ),
         ),
-        pytest.param((compat.STORE_BARRIER,), id="keys"),
+        pytest.param((torch_versions.STORE_BARRIER,), id="keys"),
     ],
 )
 
@@ -86,7 +85,7 @@ def _group(here, before, without=(), world_size=None, elsewhere=False):
 def _do_without(features):
     with ExitStack() as stack:
         for feature in features:
-            stack.enter_context(compat.switched_off(feature))
+            stack.enter_context(torch_versions.switched_off(feature))
         yield
 
 

@@ -6,11 +6,12 @@ import sys
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from refdist.barrier.phases import PhaseEvent
 from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.fit import Line
 from refdist.benchmarks.ways import WAYS
 from refdist.exploration import Event, Timeline
-from refdist.figures import (
+from refdist.lab.figures import (
     all_reduce_times,
     all_reduce_ways,
     barrier_timeline,
@@ -20,9 +21,8 @@ from refdist.figures import (
     size_name,
     stages_of_models,
 )
-from refdist.figures.all_reduce import _WAYS
-from refdist.observer import KeyCount
-from refdist.phases import PhaseEvent
+from refdist.lab.figures.all_reduce import _WAYS
+from refdist.lab.observer import KeyCount
 
 
 def bars(ax):
@@ -170,9 +170,9 @@ def test_a_long_conclusion_stays_in_the_figure():
 
 
 def test_without_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import refdist.figures"
+    code = "import sys; sys.modules['matplotlib'] = None; import refdist.lab.figures"
     finished = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     )
-    said = "refdist.figures needs matplotlib: pip install 'refdist[notebooks]'"
+    said = "refdist.lab.figures needs matplotlib: pip install 'refdist[notebooks]'"
     assert finished.stderr.splitlines()[-1] == f"ModuleNotFoundError: {said}"

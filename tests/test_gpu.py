@@ -13,13 +13,13 @@ from test_collectives import check_all
 
 from refdist import (
     CollectiveError,
-    collectives,
     stateless_destroy_torch_distributed_process_group,
     stateless_init_torch_distributed_process_group,
 )
 from refdist.benchmarks.allreduce import time_all_reduce
 from refdist.benchmarks.records import describe_machine, read_timings
 from refdist.benchmarks.ways import SMALL_BYTES, WAYS, WITHOUT_MULTICAST
+from refdist.torch_groups import collectives
 
 GPUS = torch.cuda.device_count()
 DEADLINE = 110
@@ -62,7 +62,7 @@ def test_sum_without_global_state(world_size):
     assert run_ranks(_sum, world_size, deadline=DEADLINE) == [[True] * 3] * world_size
 
 
-# Every collective of refdist.collectives, with the results that gloo has to give too.
+# Every collective of refdist.torch_groups.collectives, with the results that gloo has to give too.
 
 
 @pytest.mark.parametrize("world_size", sorted({1, 2, GPUS}))

@@ -22,10 +22,10 @@ from refdist import (
     GroupCreationError,
     StatelessProcessGroup,
     StoreConnectionError,
-    compat,
     create_tcp_store,
-    rendezvous,
+    torch_versions,
 )
+from refdist.joining import rendezvous
 
 SLACK = 6.0  # seconds that a slow machine may take beyond a protocol's own deadline
 
@@ -572,7 +572,7 @@ def test_groups_with_prefixes_do_not_see_each_other():
 
 
 def _come_without_store_barrier(here, without):
-    switched_off = compat.switched_off(compat.STORE_BARRIER)
+    switched_off = torch_versions.switched_off(torch_versions.STORE_BARRIER)
     with here.place("group") as (port, listener):
         here.meet("start")
         with switched_off if here.rank == without else nullcontext():
@@ -583,7 +583,8 @@ def _come_without_store_barrier(here, without):
 
 
 @pytest.mark.skipif(
-    not compat.store_features()[compat.STORE_BARRIER], reason="this torch has no Store.barrier"
+    not torch_versions.store_features()[torch_versions.STORE_BARRIER],
+    reason="this torch has no Store.barrier",
 )
 @pytest.mark.parametrize("without", [0, 1])
 def test_only_one_rank_has_store_barrier(without):

@@ -13,10 +13,10 @@ from refdist import (
     MessageTimeoutError,
     StatelessProcessGroup,
     StoreConnectionError,
-    keys,
 )
-from refdist.barrier_state import signed_by
-from refdist.waiting import peek
+from refdist.barrier.roll import signed_by
+from refdist.store import keys
+from refdist.store.waiting import peek
 
 PORT = 29600  # these hosts have nobody else
 SLACK = 8.0  # seconds that a loaded machine may take, above what a protocol allows

@@ -24,14 +24,14 @@ from refdist import (
     MessageError,
     MessageTimeoutError,
     StatelessProcessGroup,
-    compat,
     create_tcp_store,
-    keys,
-    messages,
+    torch_versions,
 )
+from refdist.objects import encoding
+from refdist.store import keys
 
 SLACK = 6.0  # seconds that a slow machine may take beyond a protocol's own deadline
-LARGE = messages.CHUNK_BYTES + 1  # two chunks
+LARGE = encoding.CHUNK_BYTES + 1  # two chunks
 FIRST = keys.slots(0)[0]  # the keys of the first barrier
 WAITS = ("wait", "barrier")  # requests that wait
 
@@ -43,7 +43,7 @@ BOTH_KINDS = pytest.mark.parametrize(
             True,
             id="native",
             marks=pytest.mark.skipif(
-                not compat.store_features()[compat.STORE_BARRIER],
+                not torch_versions.store_features()[torch_versions.STORE_BARRIER],
                 reason="this torch has no Store.barrier",
             ),
         ),
@@ -55,7 +55,7 @@ BOTH_KINDS = pytest.mark.parametrize(
 @contextmanager
 def features(native):
     """All groups made in this context use what the store of torch offers, or nothing of it."""
-    with nullcontext() if native else compat.switched_off(compat.STORE_BARRIER):
+    with nullcontext() if native else torch_versions.switched_off(torch_versions.STORE_BARRIER):
         yield
 
 

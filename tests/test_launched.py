@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from refdist import GroupCreationError, StatelessProcessGroup
-from refdist.launched import find_place, first_host
+from refdist.joining.launched import find_place, first_host
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 90.0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hosts import Hosts, NoHostsError
 
-from refdist.engines import PROFILE, LocalEngines
+from refdist.lab.engines import PROFILE, LocalEngines
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 110.0
@@ -21,7 +21,7 @@ DEADLINE = 110.0
 
 PROGRAM = """
 import json
-from refdist.engines import LocalEngines
+from refdist.lab.engines import LocalEngines
 
 CELL = '''
 import os

@@ -26,10 +26,10 @@ from refdist import (
     StatelessProcessGroup,
     StoreConnectionError,
     create_tcp_store,
-    keys,
 )
-from refdist.messages import CHUNK_BYTES, MAX_BYTES, encode
-from refdist.waiting import peek
+from refdist.objects.encoding import CHUNK_BYTES, MAX_BYTES, encode
+from refdist.store import keys
+from refdist.store.waiting import peek
 
 SLACK = 6.0
 MIB = 2**20

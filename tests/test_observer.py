@@ -5,7 +5,7 @@ import time
 from ranks import LOCAL
 
 from refdist import create_tcp_store
-from refdist.observer import KeyObserver
+from refdist.lab.observer import KeyObserver
 
 DEADLINE = 20.0
 

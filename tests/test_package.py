@@ -1,6 +1,7 @@
 """The package as a whole: its names, signatures, documentation, layers and metadata."""
 
 import ast
+import graphlib
 import importlib.metadata
 import importlib.resources
 import inspect
@@ -199,139 +200,85 @@ def test_errors_can_be_pickled(kind):
     assert vars(copy) == vars(error)
 
 
-# Layers: a module imports only from the modules above it in this list.
+# Layers: a module imports from its own folder and from those above it in this list; and nowhere in
+# the package do imports go round in a circle.
 
 LAYERS = [
-    {"errors", "compat", "checks"},
-    {"deadline", "keys", "pipeline", "tensors", "phases", "seals", "launched"},
-    {"client", "interrupts", "barrier_state", "backends"},
-    {"waiting", "calls", "store"},
-    {"gates", "boxes", "observer", "members"},
-    {"barrier", "messages"},
-    {"rendezvous", "mailbox", "gathering"},
-    {"stateless", "process_groups", "collectives", "small_sums"},
+    {"errors", "checks", "torch_versions", "polling", "tensor_parallel"},
+    {"deadline", "pipeline"},
+    {"store"},
+    {"interrupts"},
+    {"calls"},
+    {"barrier"},
+    {"objects"},
+    {"joining"},
+    {"torch_groups"},
+    {"group"},
+    {"exploration"},
+    {"benchmarks"},
+    {"lab"},
 ]
-INDEPENDENT = {"tensor_parallel", "polling"}
-OUTER = {
-    "engine_guard",
-    "engines",
-    "figures",
-    "benchmarks",
-    "exploration",
-}
+CORE = set().union(*LAYERS[:10]) | {"__init__"}
 FOR_NOTEBOOKS = {"matplotlib", "mpl_toolkits", "ipyparallel", "IPython", "ipywidgets", "numpy"}
 
 
+def name_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
 def imports(path):
-    """The modules that a file imports, wherever in it: ``refdist.x`` as such, others by root."""
+    """The modules that a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute"
-            names = [node.module]
-            if node.module == "refdist" and path.parent == PACKAGE:
-                names = [f"refdist.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            root, _, rest = name.partition(".")
-            found.add(f"refdist.{rest.split('.')[0]}" if root == "refdist" and rest else root)
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES)
+            found |= inner or {node.module}
     return found
 
 
-def modules():
-    """The files of each module; a package in these layers is one module of several files."""
-    files = {path.stem: [path] for path in PACKAGE.glob("*.py")}
-    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"benchmarks"}
-    return files | {name: sorted((PACKAGE / name).glob("*.py")) for name in packages}
-
-
-def module_imports(name):
-    """What a module imports, except itself."""
-    found = set().union(*(imports(path) for path in modules()[name]))
-    return found - {f"refdist.{name}"}
+def place_of(name):
+    """The file or folder directly in the package that a module is, or is in."""
+    return name.split(".")[1] if "." in name else "__init__"
 
 
 def test_every_module_has_its_layer():
-    listed = set().union(*LAYERS) | INDEPENDENT | OUTER | {"__init__"}
-    assert set(modules()) <= listed
-    # folders of modules
-    assert listed - set(modules()) <= {"benchmarks", "exploration"}
+    assert {place_of(name) for name in MODULES} == set().union(*LAYERS) | {"__init__"}
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
 
 
-@pytest.mark.parametrize("level", range(len(LAYERS)))
-def test_imports_point_down(level):
-    below = set().union(*LAYERS[:level])
-    for name in LAYERS[level]:
-        own = {i.removeprefix("refdist.") for i in module_imports(name) if "refdist" in i}
-        assert own <= below, name
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "refdist"])
+def test_imports_point_down(name):
+    level = next(level for level, names in enumerate(LAYERS) if place_of(name) in names)
+    allowed = set().union(*LAYERS[:level]) | {place_of(name)}
+    if place_of(name) in ("benchmarks", "exploration", "lab"):
+        allowed.add("__init__")  # they use refdist as others do
+    inside = {place_of(other) for other in imports(MODULES[name]) & set(MODULES)}
+    assert inside <= allowed
 
 
-def test_independent_modules_import_nothing_of_refdist():
-    for name in INDEPENDENT:
-        assert not [i for i in module_imports(name) if i.startswith("refdist")], name
+def test_imports_do_not_go_round_in_a_circle():
+    graph = {name: imports(path) & set(MODULES) for name, path in MODULES.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
 
 
-# Two packages have layers of their own. The benchmarks are on top of all others but those for
-# notebooks.
-
-INNER_LAYERS = {
-    "pipeline": [
-        {"specification", "balance", "models", "serving"},
-        {"rules", "catalog"},
-        {"cost"},
-        {"search", "measured"},
-        {"best"},
-        {"compare", "study"},
-        {"__main__"},
-    ],
-    "benchmarks": [
-        {"launch", "ways", "bare", "transformer"},
-        {"allreduce", "control", "pipeline"},
-        {"records", "fit"},
-        {"data_plane"},
-        {"small", "secret"},
-        {"__main__"},
-    ],
-}
-
-
-def inner_modules(package):
-    return {path.stem: path for path in (PACKAGE / package).glob("*.py")}
-
-
-def inner_imports(package, path):
-    """The modules of a package that one of them imports."""
-    nodes = [
-        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
-    ]
-    whole = f"refdist.{package}"
-    names = {node.module.removeprefix(f"{whole}.") for node in nodes if whole in node.module}
-    direct = {a.name for node in nodes if node.module == whole for a in node.names}
-    return (names | direct) - {whole}
-
-
-@pytest.mark.parametrize("package", INNER_LAYERS)
-def test_every_inner_module_has_its_layer(package):
-    assert set(inner_modules(package)) == set().union(*INNER_LAYERS[package]) | {"__init__"}
-
-
-@pytest.mark.parametrize(
-    ("package", "level"),
-    [(package, level) for package, layers in INNER_LAYERS.items() for level in range(len(layers))],
-)
-def test_inner_modules_import_what_is_below(package, level):
-    below = set().union(*INNER_LAYERS[package][:level])
-    for name in INNER_LAYERS[package][level]:
-        path = inner_modules(package)[name]
-        assert inner_imports(package, path) <= below, name
-        assert not imports(path) & {f"refdist.{outer}" for outer in OUTER - {package}}, name
+def test_the_core_imports_torch_and_the_standard_library():
+    for name, path in MODULES.items():
+        foreign = {other.split(".")[0] for other in imports(path)} - set(sys.stdlib_module_names)
+        if place_of(name) in CORE:
+            assert foreign <= {"torch", "refdist"}, name
+        elif place_of(name) != "lab":
+            assert not foreign & FOR_NOTEBOOKS, name
 
 
 def test_benchmarks_load_nothing_before_they_are_asked_for():
-    assert not imports(inner_modules("benchmarks")["__init__"])
+    assert not imports(PACKAGE / "benchmarks" / "__init__.py")
 
 
 def test_a_package_offers_what_its_modules_define():
@@ -342,47 +289,6 @@ def test_a_package_offers_what_its_modules_define():
         if callable(value):
             text = inspect.getdoc(value)
             assert text and not text.startswith(f"{name}("), name
-
-
-# Exploration is a package of its own as well, and needs nothing but what is explored.
-
-EXPLORATION_LAYERS = [
-    {"server"},
-    {"session", "words"},
-    {"store"},
-    {"rank"},
-    {"machine"},
-    {"timeline"},
-    {"search"},
-    {"properties"},
-]
-
-
-def test_exploration_has_its_layers():
-    folder = {path.stem: path for path in (PACKAGE / "exploration").glob("*.py")}
-    assert set(folder) == set().union(*EXPLORATION_LAYERS) | {"__init__"}
-    core = {f"refdist.{name}" for name in set().union(*LAYERS)}
-    for level, names in enumerate(EXPLORATION_LAYERS):
-        below = set().union(*EXPLORATION_LAYERS[:level])
-        for name in names:
-            inside = re.findall(r"refdist\.exploration\.(\w+)", folder[name].read_text())
-            assert set(inside) <= below, name
-            outside = {i for i in imports(folder[name]) if i.startswith("refdist")}
-            assert outside - {"refdist", "refdist.exploration"} <= core, name
-
-
-def test_the_core_imports_torch_and_the_standard_library():
-    for name in set().union(*LAYERS) | INDEPENDENT | {"__init__"}:
-        foreign = {i for i in module_imports(name) if not i.startswith("refdist")}
-        assert foreign - set(sys.stdlib_module_names) <= {"torch"}, name
-
-
-def test_only_the_outer_modules_know_the_notebooks():
-    for path in PACKAGE.rglob("*.py"):
-        if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in OUTER:
-            assert not imports(path) & FOR_NOTEBOOKS, path
-    for name in (*set().union(*LAYERS), "__init__", *INDEPENDENT):
-        assert not module_imports(name) & {f"refdist.{outer}" for outer in OUTER}, name
 
 
 # Metadata: three files say what is needed, and agree.

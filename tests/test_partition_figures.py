@@ -5,7 +5,7 @@ import math
 import pytest
 
 from refdist.benchmarks.pipeline import StageTiming
-from refdist.figures import (
+from refdist.lab.figures import (
     gain_against_room,
     imbalance_maps,
     memory_of_stages,

@@ -25,18 +25,18 @@ from refdist import (
     MessageTimeoutError,
     StatelessProcessGroup,
     create_tcp_store,
-    keys,
-    messages,
 )
-from refdist.barrier_state import sign
+from refdist.barrier.roll import sign
 from refdist.deadline import Deadline
-from refdist.rendezvous import join
-from refdist.seals import TAG_BYTES, VARIABLE, Seals, is_sealed, secret_from
-from refdist.waiting import peek
+from refdist.joining.rendezvous import join
+from refdist.objects import encoding
+from refdist.store import keys
+from refdist.store.seals import TAG_BYTES, VARIABLE, Seals, is_sealed, secret_from
+from refdist.store.waiting import peek
 
 SECRET = "correct horse battery staple"
 SLACK = 6.0
-LARGE = bytes(3 * messages.CHUNK_BYTES)
+LARGE = bytes(3 * encoding.CHUNK_BYTES)
 
 
 def groups_on(store, world_size=2, secret=SECRET, **options):
@@ -199,7 +199,7 @@ def _use_everything(here, in_environment):
         options = {"secret": SECRET.encode()}
     with here.group(**({} if in_environment else options)) as group:
         seen = []
-        for size in (1, messages.CHUNK_BYTES, 5 * messages.CHUNK_BYTES + 1):
+        for size in (1, encoding.CHUNK_BYTES, 5 * encoding.CHUNK_BYTES + 1):
             own = here.rank, bytes(size)
             seen.append(
                 group.all_gather_obj(own) == [(r, bytes(size)) for r in range(here.world_size)]
@@ -325,7 +325,7 @@ def test_a_forged_chunk():
 def test_forged_lengths():
     store = HashStore()
     _, one = groups_on(store)
-    store.set(keys.message(0, 1, 0), b"\x02" + struct.pack("<Q", messages.MAX_BYTES))
+    store.set(keys.message(0, 1, 0), b"\x02" + struct.pack("<Q", encoding.MAX_BYTES))
     start = time.monotonic()
     with refused(keys.message(0, 1, 0), "without a tag"):
         one.recv_obj(0, timeout=20)
@@ -437,7 +437,7 @@ def test_a_roll_of_an_earlier_round():
             else:
                 groups[rank].all_gather_obj("early", timeout=10)
                 if number == 0 and rank == 0:
-                    kept.append(store.get(roll)[: 16 + len(messages.encode("early").value) + 32])
+                    kept.append(store.get(roll)[: 16 + len(encoding.encode("early").value) + 32])
         return groups[rank].all_gather_obj(rank, timeout=10)
 
     assert run_threads(meet, 2) == [[0, 1]] * 2

@@ -22,11 +22,11 @@ from torch.distributed import TCPStore
 from refdist.barrier import Barrier
 from refdist.benchmarks.bare import bare_barriers
 from refdist.benchmarks.launch import LOCAL, place, run_ranks
-from refdist.client import StoreClient
-from refdist.compat import STORE_BARRIER, store_features
-from refdist.process_groups import stateless_init_torch_distributed_process_group
-from refdist.stateless import StatelessProcessGroup
-from refdist.store import create_tcp_store
+from refdist.group import StatelessProcessGroup
+from refdist.store.client import StoreClient
+from refdist.store.listening import create_tcp_store
+from refdist.torch_groups.process_groups import stateless_init_torch_distributed_process_group
+from refdist.torch_versions import STORE_BARRIER, store_features
 
 WORLD_SIZES = (2, 4, 8, 16, 32)
 MANY_RANKS = (32, 64, 128, 256, 400)

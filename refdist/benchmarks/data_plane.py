@@ -19,7 +19,7 @@ from refdist.benchmarks.allreduce import (
 from refdist.benchmarks.launch import LOCAL, place, run_as_rank, run_ranks, under_torchrun
 from refdist.benchmarks.records import describe_machine
 from refdist.benchmarks.ways import WAYS, WITHOUT_MULTICAST
-from refdist.process_groups import (
+from refdist.torch_groups.process_groups import (
     stateless_destroy_torch_distributed_process_group,
     stateless_init_torch_distributed_process_group,
 )

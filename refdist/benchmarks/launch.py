@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, Store
 
-from refdist.store import create_tcp_store, listen
+from refdist.store.listening import create_tcp_store, listen
 
 LOCAL = "127.0.0.1"
 _DEADLINE = timedelta(minutes=10)

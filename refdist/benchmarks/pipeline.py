@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional
 
 from refdist.benchmarks.transformer import Stage
+from refdist.group import StatelessProcessGroup
 from refdist.pipeline import Device, GroupedQueryAttention, Model, Serving
 from refdist.pipeline.cost import batch_seconds
-from refdist.stateless import StatelessProcessGroup
 
 SMALL = Model(
     "small", 14, 256, 768, GroupedQueryAttention(8, 4, 32), 16384,

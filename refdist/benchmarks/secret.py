@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from refdist.benchmarks.control import LARGE_BYTES, broadcast_and_wait, ping_pong
 from refdist.benchmarks.launch import LOCAL, place, run_ranks
-from refdist.stateless import StatelessProcessGroup
+from refdist.group import StatelessProcessGroup
 
 WORLD_SIZES = (2, 4, 8)
 _SECRET = "a secret of the benchmark"

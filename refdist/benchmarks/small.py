@@ -14,8 +14,8 @@ from torch.distributed import Store
 
 from refdist.benchmarks.data_plane import form_group
 from refdist.benchmarks.launch import LOCAL, run_ranks
-from refdist.process_groups import stateless_destroy_torch_distributed_process_group
-from refdist.small_sums import cpu_all_reduce_
+from refdist.torch_groups.process_groups import stateless_destroy_torch_distributed_process_group
+from refdist.torch_groups.small_sums import cpu_all_reduce_
 
 SIZES = (4, 64, 1024, 4096, 16384, 65536)
 """Message sizes in bytes."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from refdist import compat
+from refdist import torch_versions
 
 WAYS = {
     "plain": "one call of torch.distributed.all_reduce after the other",
@@ -148,7 +148,7 @@ def _symmetric_memory(
     """Memory that all ranks of the group can read; or None, and why there is none."""
     memory, reason = None, ""
     try:
-        memory = compat.symmetric_memory(group, device, dtype, count)
+        memory = torch_versions.symmetric_memory(group, device, dtype, count)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
     # either all ranks have it or none uses it

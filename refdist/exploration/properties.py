@@ -4,9 +4,9 @@ A call is *collective* if every rank makes one of its name. A rank *completes* a
 returns, and also when rank 0 raises only because another rank did not leave in time.
 """
 
-from refdist import keys
 from refdist.exploration.rank import Call
 from refdist.exploration.search import Property, Snapshot
+from refdist.store import keys
 
 
 def nobody_returns_early(snapshot: Snapshot) -> bool:

@@ -4,10 +4,10 @@ import pickle
 import re
 from typing import Any
 
-from refdist.barrier_state import State, signed_by
+from refdist.barrier.gates import OPEN
+from refdist.barrier.roll import State, signed_by
 from refdist.errors import name_ranks
 from refdist.exploration.server import Answer, Request
-from refdist.gates import OPEN
 
 _MOST_CHARACTERS = 28  # of a value
 

@@ -1,0 +1,1 @@
+"""For notebooks: engines, figures, and a count of the keys in a store."""

@@ -1,0 +1,1 @@
+"""Objects in the store: how they are encoded, sent, received and gathered."""
