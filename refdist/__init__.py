@@ -2,46 +2,52 @@
 
 An educational reference implementation of ``vllm.distributed.utils``. Import it in place of that
 module; read it to learn how processes that share nothing but a key-value store agree, wait, fail
-and exchange objects.
+and exchange objects. Read it in this order:
 
-Words, each with one meaning throughout the package:
-
-rank
-    The number of a process in a group, 0 to ``world_size - 1``.
-world size
-    How many ranks a group has.
+barrier
+    ``plain`` first: how ranks agree. Then ``quick``, the same in fewer requests.
 store
-    The key-value store that the ranks share. Rank 0 hosts it.
-phase
-    One part of a barrier: arrival, confirmation or departure. Each has its own timeout.
-generation
-    The number of a barrier in its group, counted from 0 by every rank for itself.
-outcome
-    How a barrier ended, the same for all ranks: complete or broken. Its state decides.
-state
-    The key of a barrier that every rank changes when it confirms, or when it breaks the barrier.
-slot
-    The keys of one barrier, which a later barrier uses again.
-epoch
-    The barriers from one that broke to the next that does.
-gate
-    A key at which ranks wait until another rank opens it.
-box
-    A key that holds one message for one reader.
-seal
-    A tag on a value, which only who knows the group's secret can make.
-engine
-    A process of ipyparallel that runs a notebook's cells. Its id is its rank.
-stage
-    One part of a model that is split into a pipeline of layers.
+    A client of the store, its keys, and the tags on its values.
+objects
+    How an object is encoded, sent, received, gathered.
+joining
+    How ranks find each other, come together again, and leave.
+calls, deadline
+    What makes a call whole, although it may be interrupted, and why it ends in time.
+group
+    ``StatelessProcessGroup``, which hands on to all of these.
+torch_groups, pipeline
+    Groups of gloo and NCCL; how layers fall on pipeline stages.
+exploration, benchmarks, lab
+    Every schedule of a protocol; what it costs; engines and figures for notebooks.
 
-Importing refdist imports torch and the standard library. ``refdist.lab`` (engines and figures for
-notebooks), ``refdist.exploration`` and ``refdist.benchmarks`` are for those who need them.
+Words of its own, each with one meaning in code, notebooks and README:
+
+phase
+    One part of a barrier: arrival, confirmation or departure.
+generation
+    The number of a barrier or gather in its group, counted from 0 by every rank for itself.
+roll
+    The key of a barrier to which each rank appends an entry when it arrives.
+outcome
+    How a barrier ended, the same for all ranks: complete, broken, or again.
+state
+    In ``quick``, one number that holds the outcome, and which ranks know it.
+slot
+    In ``quick``, the keys of one barrier, which a later one uses again.
+epoch
+    In ``quick``, the barriers from one that broke to the next that does.
+seal
+    To put a tag on a value, which takes the group's secret.
+
+The others are those of the field: rank, world size, store, key, message, chunk, engine (a process
+of ipyparallel, whose id is its rank), stage (one part of a model that is split into a pipeline).
+
+Importing refdist imports torch and the standard library, and neither ``lab`` nor ``benchmarks``.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from refdist.barrier.phases import PhaseEvent
 from refdist.errors import (
     AuthenticationError,
     BarrierError,
@@ -55,6 +61,7 @@ from refdist.errors import (
     StoreConnectionError,
 )
 from refdist.group import StatelessProcessGroup
+from refdist.phases import PhaseEvent
 from refdist.pipeline import get_pp_indices
 from refdist.polling import USE_SCHED_YIELD, sched_yield
 from refdist.store.listening import create_tcp_store

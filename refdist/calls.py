@@ -1,21 +1,33 @@
-"""Calls to a group: one at a time, whole or not at all.
+"""Calls to a group: one at a time, and each whole or not at all.
 
-A group's counters say what comes next, so two calls must not use them at once, and none may stop
-between two steps of a protocol. What ends a call in the middle is SIGINT, which
-``refdist.interrupts`` holds back, and what no one can hold back: another signal's handler that
-raises, or an exception that a thread gets from outside. The simple way, to undo what the call has
-done, fails: that can be interrupted too. So such a call is *torn*, and its group is lost on this
-rank. All later calls say so, and the other ranks miss this one, as if it had died.
+A group's counters say what comes next, so no two calls may use them at once, and none may stop
+between two steps of a protocol. Two things stop a call in the middle.
+
+SIGINT
+    The simple ways fail. Left alone, SIGINT raises KeyboardInterrupt between any two steps, and
+    ranks are out of step. Blocked (``pthread_sigmask``), it does not end a wait. Run in another
+    thread, a protocol is never interrupted, but every call pays for being handed over. So while a
+    call runs, another handler stands in for that of the process. It runs the handler that was
+    there, and keeps what that raises until the call has ended. The call ends early, between two
+    waits, because its deadline is cancelled. Only the user's own code, which a call runs to
+    unpickle an object, is interrupted at once.
+Any other exception from outside, such as that of another signal's handler
+    The simple way, to undo what the call has done, fails: that can be interrupted too. So such a
+    call is *torn*, and its group is lost on this rank. All later calls say so, and the other ranks
+    miss this one, as if it had died.
 """
 
+# signal.signal looks every handler up in an enum, which would take longer than all else here
+import _signal  # type: ignore[import-not-found]
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
-from torch.distributed import DistError
+from torch.distributed import DistError, DistNetworkError
 
 from refdist.deadline import CancelledWaitError, Deadline, NoRoomError, UserCodeError
 from refdist.errors import (
@@ -25,8 +37,7 @@ from refdist.errors import (
     MessageError,
     StoreConnectionError,
 )
-from refdist.interrupts import Interrupt, is_on_stack
-from refdist.store.client import StoreClient
+from refdist.store.client import StoreClient, quiet
 
 T = TypeVar("T")
 
@@ -40,74 +51,82 @@ _ENDS = (  # what a protocol raises at its end, and not in its middle
     StoreConnectionError,
     UserCodeError,
 )
-
-
-@dataclass(eq=False)
-class _Call:
-    """A call, which stays where ``Calls`` has it if it is torn."""
-
-    what: str
-    thread: int
+_set_handler, _get_handler = _signal.signal, _signal.getsignal
+_SIGINT = int(signal.SIGINT)
+_MAIN_THREAD = threading.main_thread().ident
 
 
 class Calls:
     """The calls of one group, of which one runs at a time.
 
     Attributes:
-        client: what the calls ask; None as long as the group has no store.
-        kept: what was received and has not reached the caller yet, by mailbox.
+        rank: of this process in the group.
+        client: of the store; None as long as the group has none.
+        closed: whether the group is closed on this rank.
+        kept: objects that were received and have not reached the caller yet, by their source.
     """
 
-    def __init__(self, client: StoreClient | None = None) -> None:
+    def __init__(self, rank: int, client: StoreClient | None = None) -> None:
+        self.rank = rank
         self.client = client
         self.kept: dict[Any, Any] = {}
         self._present: dict[str, _Call] = {}  # the call that runs, or was torn
+        self.closed = False
         self._process = os.getpid()
 
     def run(
-        self, what: str, function: Callable[[], T], deadline: Deadline, mailbox: Any = None
+        self,
+        what: str,
+        deadline: Deadline,
+        function: Callable[..., T],
+        *arguments: Any,
+        kept: Any = None,
     ) -> T:
-        """Call ``function``, and return what it returns.
+        """Call a function of a protocol, and return its result.
 
         Args:
             what: the name of the call, for errors.
-            function: its waits end at ``deadline``.
-            deadline: is cancelled by SIGINT.
-            mailbox: the entry of ``kept`` that the caller gets, and that ends with this call. It
-                stays if an interrupt keeps the caller from getting it.
+            deadline: of the waits of the function; SIGINT cancels it.
+            function: of a protocol.
+            arguments: of the function.
+            kept: the entry of ``self.kept`` that the function returns, and that ends with this
+                call. It stays if an interrupt keeps the caller from getting it.
 
         Raises:
+            ValueError: the group is closed.
             ConcurrentCallError: another thread is in a call.
-            StoreConnectionError: a call was torn before; or this process is forked from the one
-                that formed the group.
-            BaseException: what ``function`` raises, or what the handler of SIGINT raises.
+            StoreConnectionError: the store is lost. Or a call was torn before, or this process is
+                forked from the one that formed the group.
+            BaseException: of the function, or of the handler of SIGINT.
         """
-        call = _Call(what, threading.get_ident())
-        interrupt = Interrupt(deadline)
+        call = _Call(what, deadline)  # from now on, SIGINT is held back
         try:
-            interrupt.hold()
-            self._begin(call)
-            if self.client is not None:
-                self.client.deadline = deadline
+            if self.closed or os.getpid() != self._process:
+                self._refuse(call)
+            if self._present.setdefault("call", call) is not call:
+                self._take_turn(call)
+            if self.client is not None and self.client.limited != deadline.allowed:
+                self.client.limit(deadline.allowed)
             result, error = None, None
             try:
-                result = function()
+                with quiet():
+                    result = function(*arguments)
             except UserCodeError as raised:
                 error = raised.original
             except _ENDS as raised:
-                error = raised
+                error = self._explained(raised, call) if isinstance(raised, DistError) else raised
         except BaseException:
             # refused; or torn, and then the call stays the present one
-            interrupt.let_go()
+            call.let_go()
             raise
         try:
-            interrupt.let_go()
+            call.let_go()
         except BaseException as late:
-            interrupt.raised = late
+            call.raised = late
         # Python looks for signals where it calls, and from here on nothing is called
-        error = interrupt.raised or error
-        if error is None and mailbox is not None:
-            del self.kept[mailbox]
+        error = call.raised or error
+        if error is None and kept is not None:
+            del self.kept[kept]
         del self._present["call"]
         if error is None:
             return result  # type: ignore[return-value]  # cast would be a call
@@ -115,23 +134,47 @@ class Calls:
             raise error
         finally:
             # an error that has a variable of its own traceback outlives its last user
-            error = interrupt.raised = None
+            error = call.raised = None
 
-    def close(self) -> None:
-        """Forget a call that was torn: what follows only leaves the group."""
+    def close(self, operation: str, timeout: float, leave: Callable[..., None]) -> None:
+        """Run the last call, which may follow one that was torn. Closing again does nothing."""
+        if self.closed:
+            return
         present = self._present.get("call")
-        if present is not None and not _runs(present):
+        if present is not None and not present.runs():
             self._present.pop("call", None)
+        deadline = Deadline(timeout)
+        try:
+            self.run(operation, deadline, leave, deadline)
+        except ConcurrentCallError:
+            raise
+        except BaseException:
+            self.end()
+            raise
+        self.end()
 
-    def _begin(self, call: _Call) -> None:
-        """Make a call the present one, unless there is one."""
-        if os.getpid() != self._process:
-            raise StoreConnectionError(
-                f"{call.what}: process {self._process} formed this group, and process "
-                f"{os.getpid()}, which was forked from it, cannot use it; form a group of its own"
-            )
+    def end(self) -> None:
+        """End the calls at once, and let the store go."""
+        self.closed = True
+        if self.client is not None:
+            self.client.close()
+
+    def check_open(self, what: str) -> None:
+        """Raise ValueError if the group is closed."""
+        if self.closed:
+            raise ValueError(f"{what}: this group is closed")
+
+    def _refuse(self, call: "_Call") -> None:
+        self.check_open(call.what)
+        raise StoreConnectionError(
+            f"{call.what}: process {self._process} formed this group, and process {os.getpid()}, "
+            f"which was forked from it, cannot use it; form a group of its own"
+        )
+
+    def _take_turn(self, call: "_Call") -> None:
+        """Make a call the present one, in place of one that has just ended; or refuse it."""
         while (present := self._present.setdefault("call", call)) is not call:
-            if _runs(present):
+            if present.runs():
                 raise ConcurrentCallError(
                     f"{call.what}: {present.what} is running in thread {present.thread}; a group "
                     f"is for one thread at a time, so create a group for each thread"
@@ -143,8 +186,78 @@ class Calls:
                     f"ended {present.what} in the middle; form a new group"
                 )
 
+    def _explained(self, error: DistError, call: "_Call") -> StoreConnectionError:
+        text = f"rank {self.rank} found in the store what no rank of refdist writes: {error}"
+        if isinstance(error, DistNetworkError):
+            text = f"rank {self.rank} lost the store that rank 0 hosts: {error}"
+            if self.client is not None and self.client.timed_out:
+                text = (
+                    f"the store did not answer, although the {call.deadline.allowed:g} s were "
+                    f"over, so this rank gave it up: its host, rank 0, is stopped, overloaded or "
+                    f"out of reach; form a new group"
+                )
+        explained = StoreConnectionError(f"{call.what}: {text}")
+        explained.__cause__ = error
+        return explained
 
-def _runs(call: _Call) -> bool:
-    """Whether a call is on the stack of its thread."""
-    frame = sys._current_frames().get(call.thread)
-    return is_on_stack(frame, Calls.run.__code__, "call", call)
+
+class _Call:
+    """A call, which stays where ``Calls`` has it if it is torn. Holds SIGINT back until ``let_go``.
+
+    Attributes:
+        what: its name.
+        deadline: of its waits.
+        thread: that runs it.
+        raised: by the handler of SIGINT meanwhile.
+    """
+
+    def __init__(self, what: str, deadline: Deadline) -> None:
+        self.what = what
+        self.deadline = deadline
+        self.thread = threading.get_ident()
+        self.raised: BaseException | None = None
+        self._handler: Callable[[int, FrameType | None], object] | None = None
+        # only the main thread gets signals, and only it may set a handler
+        if self.thread == _MAIN_THREAD:
+            handler = _get_handler(_SIGINT)
+            # it is not if SIGINT is ignored, or ends the process, or belongs to code of C
+            if callable(handler):
+                self._handler = handler
+                _set_handler(_SIGINT, self._handle)
+
+    def let_go(self) -> None:
+        """Set the handler back that was there; an interrupt takes place from now on."""
+        # a handler may have set another one
+        if self._handler is not None and _get_handler(_SIGINT) == self._handle:
+            _set_handler(_SIGINT, self._handler)
+
+    def runs(self) -> bool:
+        """Whether it is on the stack of its thread."""
+        return self._is_on(sys._current_frames().get(self.thread))
+
+    def _is_on(self, frame: FrameType | None) -> bool:
+        """Whether ``Calls.run`` runs this call in or above a frame."""
+        while frame is not None:
+            if frame.f_code is _RUN and frame.f_locals.get("call") is self:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        assert self._handler is not None
+        if not self._is_on(frame):
+            # an exception from outside has ended the call before it could let go
+            self.let_go()
+            self._handler(number, frame)
+            return
+        try:
+            self._handler(number, frame)
+        except BaseException as error:
+            self.raised = error
+            self.deadline.cancel(type(error).__name__)
+            if self.deadline.in_user_code:
+                self.deadline.in_user_code = False
+                raise
+
+
+_RUN: CodeType = Calls.run.__code__

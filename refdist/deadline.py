@@ -1,22 +1,18 @@
-"""Deadlines, the slices that long waits are made of, and what else ends a call before its end."""
+"""Deadlines, the slices that long waits are made of, and the exceptions that end a call early."""
 
 import time
 from datetime import timedelta
 
-from refdist.checks import check_seconds, wait_of
+from refdist.checks import MOST_SECONDS, check_seconds, wait_of
 
 SLICE_SECONDS = 1.0
 """The longest single wait. A longer one is made of several, and may be cancelled between them."""
 
+SLICE = timedelta(seconds=SLICE_SECONDS)
+
 
 class CancelledWaitError(Exception):
-    """Whoever asked for this wait no longer wants it. The text says why.
-
-    Attributes:
-        completed: whether the barrier that waited was complete all the same.
-    """
-
-    completed = False
+    """The caller no longer wants this wait. The text says why."""
 
 
 class NoRoomError(MemoryError):
@@ -24,7 +20,7 @@ class NoRoomError(MemoryError):
 
 
 class UserCodeError(Exception):
-    """Carries what the user's code raised as an object was unpickled, and is no Exception.
+    """Carries an exception of the user's code, raised by unpickling, that is no Exception.
 
     It never reaches the caller, who gets ``original``: SystemExit, for example.
     """
@@ -39,14 +35,22 @@ class Deadline:
 
     Attributes:
         allowed: seconds.
+        whole: whether they are for a whole call, and not for each of its phases.
         cancelled: why the waits that end here are no longer wanted; None while they are.
         in_user_code: whether this process runs code of its user, which may be interrupted at once.
+
+    Raises:
+        ValueError: ``allowed`` is no finite number of seconds, or is below 0.
     """
 
-    def __init__(self, allowed: float) -> None:
-        self.allowed = check_seconds("timeout", allowed)
-        if self.allowed < 0:
-            raise ValueError(f"timeout={allowed}: must be finite seconds, at least 0")
+    def __init__(self, allowed: float, whole: bool = False) -> None:
+        if type(allowed) is not float or not 0 <= allowed <= MOST_SECONDS:
+            seconds = check_seconds("timeout", allowed)
+            if seconds < 0:
+                raise ValueError(f"timeout={allowed}: must be finite seconds, at least 0")
+            allowed = seconds
+        self.allowed = allowed
+        self.whole = whole
         self.cancelled: str | None = None
         self.in_user_code = False
         self._start = time.monotonic()
@@ -57,11 +61,12 @@ class Deadline:
 
     def remaining(self) -> float:
         """Seconds until the deadline, at least 0."""
-        return max(0.0, self.allowed - self.elapsed())
+        return max(0.0, self.allowed - (time.monotonic() - self._start))
 
     def restart(self) -> None:
-        """Allow as many seconds again, from now on."""
-        self._start = time.monotonic()
+        """Allow as many seconds again for the next phase, unless they are for the whole call."""
+        if not self.whole:
+            self._start = time.monotonic()
 
     def cancel(self, reason: str) -> None:
         """Make the waits that end at this deadline raise CancelledWaitError, within a slice."""
@@ -72,15 +77,15 @@ class Deadline:
         if self.cancelled is not None:
             raise CancelledWaitError(self.cancelled)
 
-    def limit(self) -> timedelta:
-        """How long a single wait may take now, cancelled or not."""
-        return wait_of(min(self.remaining(), SLICE_SECONDS))
-
     def slice(self) -> timedelta:
-        """How long a single wait may take now.
+        """The longest that a single wait may take now.
 
         Raises:
             CancelledWaitError: the deadline was cancelled.
         """
-        self.check()
-        return self.limit()
+        if self.cancelled is not None:
+            raise CancelledWaitError(self.cancelled)
+        left = self.allowed - (time.monotonic() - self._start)
+        if left >= SLICE_SECONDS:
+            return SLICE
+        return wait_of(left)

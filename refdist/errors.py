@@ -1,4 +1,4 @@
-"""The errors of refdist. Each says which rank, what it waited for, how long, and who is missing.
+"""The errors of refdist. Each says which rank waited, for what, how long, and for whom.
 
 All are subclasses of RuntimeError, which is what the specification promises. Input that breaks a
 rule of a signature is a ValueError instead, and an address that cannot be used is an OSError.
@@ -7,6 +7,8 @@ Every argument but the message has a default, so that an error can be pickled: i
 its message, and then gets its attributes.
 """
 
+import json
+import time
 from collections.abc import Sequence
 
 
@@ -28,7 +30,7 @@ class StoreConnectionError(RuntimeError):
 
 
 class ConcurrentCallError(RuntimeError):
-    """A group was used by two threads at once. What the first of them does goes on."""
+    """A group was used by two threads at once. The call of the first goes on."""
 
 
 class InsecureGroupWarning(UserWarning):
@@ -110,6 +112,64 @@ class BarrierError(RuntimeError):
         self.broken_by = broken_by
         self.generation = generation
         self.completed = completed
+
+
+UNTOLD, UNTRUSTED = b"untold", b"untrusted: "
+"""Stand for an outcome of a barrier that is not there, and begin one that has a wrong tag."""
+
+
+def outcome_of(
+    rank: int, reason: str, missing: Sequence[int], elapsed: float, allowed: float
+) -> bytes:
+    """The outcome that a rank writes to break a barrier."""
+    told = {"by": rank, "reason": reason, "missing": list(missing), "at": time.time()}
+    return json.dumps(told | {"elapsed": elapsed, "allowed": allowed}).encode()
+
+
+def error_of(outcome: bytes, generation: int, world_size: int) -> BarrierError:
+    """The error that tells of a broken barrier, from what the rank wrote that broke it."""
+    try:
+        told = json.loads(outcome)
+        by, missing, reason = int(told["by"]), list(map(int, told["missing"])), told["reason"]
+        elapsed, allowed = float(told["elapsed"]), float(told["allowed"])
+        at = time.strftime("%H:%M:%S", time.localtime(told["at"]))
+    except (ValueError, TypeError, KeyError, OverflowError, OSError, RecursionError):
+        text = f"for a reason that no rank of refdist writes: {outcome[:80]!r}"
+        if outcome == UNTOLD:
+            text = "by a rank that died before it said why"
+        elif outcome.startswith(UNTRUSTED):
+            text = f"and why cannot be trusted: {outcome.removeprefix(UNTRUSTED).decode()}"
+        return BarrierError(
+            f"barrier {generation} was broken {text}", phase="arrival", generation=generation
+        )
+    return BarrierError(
+        f"barrier {generation} was broken in arrival by rank {by} at {at}, after "
+        f"{elapsed:.2f} of {round(allowed, 2):g} s, because {reason}; "
+        f"missing: {name_ranks(missing)} of {world_size}",
+        phase="arrival",
+        missing=missing,
+        elapsed=elapsed,
+        allowed=allowed,
+        broken_by=by,
+        generation=generation,
+    )
+
+
+def not_left(
+    missing: Sequence[int], generation: int, elapsed: float, allowed: float
+) -> BarrierError:
+    """The error of rank 0, which has waited in vain for these ranks to leave."""
+    return BarrierError(
+        f"barrier {generation} completed, but in departure rank 0 waited in vain for "
+        f"{name_ranks(missing)} to leave: {elapsed:.2f} of {allowed:g} s",
+        phase="departure",
+        missing=missing,
+        elapsed=elapsed,
+        allowed=allowed,
+        broken_by=0,
+        generation=generation,
+        completed=True,
+    )
 
 
 class MessageError(RuntimeError):

@@ -1,8 +1,6 @@
 """What differs between torch 2.6 and 2.15, in one place, each with the versions it is for."""
 
 import ctypes
-import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +22,8 @@ def store_features() -> dict[str, bool]:
     return {
         # 2.13 and 2.15; not 2.6, 2.11
         STORE_BARRIER: hasattr(Store, "barrier") and STORE_BARRIER not in _switched_off,
-        # 2.11 to 2.15; not 2.6; refdist.objects.boxes says why it is not used
+        # 2.11 to 2.15; not 2.6; not used, as a client that has waited for a queue stays listed
+        # there (seen on 2.13), and the next push ends whatever it waits for then, be it a barrier
         "Store.queue_push, queue_pop: queues of values": hasattr(Store, "queue_push"),
         # 2.11 to 2.15; not 2.6
         "Store.list_keys: what the store holds": hasattr(Store, "list_keys"),
@@ -146,9 +145,12 @@ def registered_group(name: Any) -> ProcessGroup | None:
         return None
 
 
+WARNING, ERROR = 1, 2
+
+
 @cache
-def _log_level() -> ctypes.c_int | None:
-    """The level from which torch's C++ code writes to stderr: 0 info, 1 warning, 2 error.
+def log_level() -> ctypes.c_int | None:
+    """The level from which torch's C++ code writes to stderr: 0 info, WARNING, ERROR.
 
     Exported as a plain integer by all of 2.6 to 2.15, and settable from Python in no other way
     once torch is imported.
@@ -159,48 +161,3 @@ def _log_level() -> ctypes.c_int | None:
         except (OSError, ValueError):
             continue
     return None
-
-
-_WARNING, _ERROR = 1, 2
-_quiet_lock = threading.Lock()
-
-
-class quiet:  # noqa: N801  # used as a function is
-    """Keep torch's C++ code from writing warnings to stderr for what is expected here.
-
-    A wait that times out warns twice, and a wait in slices times out once a slice. A connection
-    attempt that fails warns with a stack trace, and is tried again. Only the default level,
-    warnings, is raised, for as long as some thread is in here; a level that the user has chosen
-    stays.
-    """
-
-    _threads = 0  # that are in here because the level was at warnings
-
-    def __enter__(self) -> None:
-        level = _log_level()
-        with _quiet_lock:
-            self._raised = level is not None and (quiet._threads > 0 or level.value == _WARNING)
-            if level is not None and self._raised:
-                quiet._threads += 1
-                level.value = _ERROR
-
-    def __exit__(self, *error: object) -> None:
-        level = _log_level()
-        with _quiet_lock:
-            if level is not None and self._raised and quiet._threads > 0:
-                quiet._threads -= 1
-                if quiet._threads == 0:
-                    level.value = _WARNING
-
-
-def _be_loud() -> None:
-    """A forked child has none of the other threads: none of them is in ``quiet``, or leaves it."""
-    global _quiet_lock
-    _quiet_lock = threading.Lock()  # one of them may have held it
-    level = _log_level() if quiet._threads else None
-    if level is not None:
-        level.value = _WARNING
-    quiet._threads = 0
-
-
-os.register_at_fork(after_in_child=_be_loud)

@@ -1,11 +1,14 @@
-"""Barriers with one mistake each, made of the real one. Exploration has to find every mistake."""
+"""Barriers with one mistake each, made of the real ones. Exploration has to find every mistake.
 
+Each mistake overrides a step of ``plain.Barrier``, of ``quick.Barrier``, or of both in turn.
+"""
+
+from contextlib import contextmanager
 from typing import NamedTuple
-from unittest.mock import patch
 
-from refdist.barrier import Barrier
-from refdist.barrier.roll import write_reason
-from refdist.errors import BarrierError
+from refdist.barrier import plain, quick
+from refdist.barrier.roll import AGAIN, COMPLETE
+from refdist.errors import BarrierError, outcome_of
 from refdist.exploration import (
     Property,
     agreement,
@@ -18,166 +21,257 @@ from refdist.exploration import (
     one_reason,
     rank_0_leaves_last,
 )
-from refdist.store import keys
+from refdist.store.keys import PlainKeys, Slot
+from refdist.store.leftovers import Leftovers
 
 
-class NoDeparture(Barrier):
+@contextmanager
+def replaced(store, **requests):
+    """Requests of a client that do something else meanwhile."""
+    vars(store).update(requests)
+    try:
+        yield
+    finally:
+        for name in requests:
+            del vars(store)[name]
+
+
+# Mistakes that either barrier can have.
+
+
+class NoDeparture:
     """No departure phase: rank 0 leaves when it knows the outcome."""
 
-    def _depart(self, slot, state, *rest):
-        super()._depart(slot, state._replace(left=self._world_size), *rest)
+    def depart(self, this):
+        with replaced(self.store, in_slices=lambda *_: True):
+            super().depart(this)
 
 
-class NoOutcome(Barrier):
-    """No outcome key: each rank decides by what it has seen itself."""
+class NoOutcome:
+    """No outcome: each rank decides by what it has seen itself."""
 
-    def _break(self, slot, generation, *rest):
-        super()._break(slot, generation, *rest)
-        raise BarrierError("my time was up", generation=generation, broken_by=self._rank)
-
-    def _confirm(self, *arguments):
-        return super()._confirm(*arguments)._replace(broken=False)
-
-
-class PlainCounter(Barrier):
-    """A plain counter of arrivals that is used again, and never reset."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self._slots = self._slots[:1] * keys.SLOTS
-
-    def _depart(self, slot, *rest):
-        self._used = None
-        super()._depart(slot, *rest)
+    def confirm(self, this):
+        mine = COMPLETE
+        if this.seen is None:
+            mine = this.proposal(self.read(this), self.rank, self.world_size)
+        super().confirm(this)
+        return mine
 
 
-class KeysDeletedEarly(Barrier):
+class KeysDeletedEarly:
     """Rank 0 deletes the keys before all have left."""
 
-    def _depart(self, slot, *rest):
-        if self._rank == 0:
-            for key in vars(slot).values():
-                self._store.delete_key(key)
-        super()._depart(slot, *rest)
+    def depart(self, this):
+        if self.rank == 0:
+            for key in this.keys:
+                self.store.delete_key(key)
+        super().depart(this)
 
 
-class TimeoutBreaksNothing(Barrier):
+class TimeoutBreaksNothing:
     """A rank whose time is up raises, but does not break the barrier for the others."""
 
-    def _break(self, slot, generation, *rest):
-        raise BarrierError("my time was up", generation=generation, broken_by=self._rank)
+    def propose(self, this, outcome):
+        if outcome != COMPLETE:
+            raise BarrierError("my time was up", generation=self.generation, broken_by=self.rank)
+        return super().propose(this, outcome)
 
 
-class BreakWithoutLooking(Barrier):
-    """A rank whose time is up breaks the barrier also when others have confirmed it."""
+class RankZeroIsNotTold:
+    """The last to leave does not tell rank 0, which waits for it."""
 
-    def _break(self, slot, generation, *rest):
-        self._store.set(slot.state, "0")
-        super()._break(slot, generation, *rest)
-
-
-class NobodyWakes(Barrier):
-    """The first to confirm wakes nobody."""
-
-    def _confirm(self, *arguments):
-        gates, self._gates = self._gates, _GatesThatStayShut()
-        try:
-            return super()._confirm(*arguments)
-        finally:
-            self._gates = gates
+    def depart(self, this):
+        with replaced(self.store, set=lambda *_: None):
+            super().depart(this)
 
 
-class _GatesThatStayShut:
-    open_always = False
-
-    def open(self, key):
-        pass
-
-
-class SleepsUnseen(Barrier):
-    """A rank does not look whether the barrier is decided before it falls asleep."""
-
-    def _arrive(self, slot, generation, deadline):
-        if self._gates.count_in(slot.arrived, self._world_size, deadline):
-            return True, 0
-        return self._gates.wait(slot.wake, deadline), 0
-
-
-class AnyoneOpensTheLastGate(Barrier):
-    """Whoever leaves lets rank 0 go, and not only the last."""
-
-    def _depart(self, slot, state, *rest):
-        left = state.left if self._rank == 0 else self._world_size
-        super()._depart(slot, state._replace(left=left), *rest)
-
-
-class SameNamesAfterFailure(Barrier):
+class SameNamesAfterFailure:
     """The barrier after a broken one uses the same keys."""
 
-    def _end_epoch(self):
-        epoch, slots = self._epoch, self._slots
-        super()._end_epoch()
-        self._epoch, self._slots = epoch, slots
+    def go_past(self, this):
+        before = self.keys, self.tries
+        super().go_past(this)
+        if this.seen != COMPLETE:
+            self.keys, self.tries = before
+            if hasattr(self, "epoch"):
+                self.epoch -= 1
+                self.slots = [Slot.of(self.epoch, slot) for slot in range(quick.SLOTS)]
 
 
-class OldKeysStay(Barrier):
+class OldKeysStay:
     """The keys of a broken barrier are never deleted."""
 
-    def _end_epoch(self):
-        super()._end_epoch()
-        self._old_keys.clear()
+    def go_past(self, this):
+        super().go_past(this)
+        self.leftovers = Leftovers(self.store)
 
 
-class EveryoneTellsWhy(Barrier):
+class GoesWithoutAWord:
+    """A rank that is interrupted says nothing, and comes again as if it had not been there."""
+
+    def confirm(self, this):
+        if this.interrupt is not None:
+            raise this.interrupt
+        return super().confirm(this)
+
+
+# Mistakes of the plain barrier.
+
+
+class OneSetOfKeys:
+    """All barriers use the same keys, and nobody deletes them."""
+
+    def go_past(self, this):
+        super().go_past(this)
+        self.keys = PlainKeys.of(0)
+        self.leftovers = Leftovers(self.store)
+
+
+class ProposalsOverwrite:
+    """A rank proposes an outcome also when there is one."""
+
+    def propose(self, this, outcome):
+        self.store.set(this.keys.outcome, outcome)
+        return outcome
+
+
+class CountsBeforeItSigns:
+    """A rank counts itself before it signs, so the last may not find everyone on the roll."""
+
+    def sign(self, this, kind, value=b""):
+        if kind == 0 and this.keys == self.keys:
+            self.store.add(this.keys.counter, 1)
+            with replaced(self.store, add=lambda *_: 0):
+                super().sign(this, kind, value)
+            self.counted = True
+        else:
+            super().sign(this, kind, value)
+
+    def arrive(self, this):
+        add = type(self.store).add
+        counts = []
+
+        def counted(key, amount):
+            # the second time is that of the real barrier
+            counts.append(add(self.store, key, amount) if not counts else counts[0])
+            return counts[-1]
+
+        with replaced(self.store, add=counted):
+            super().arrive(this)
+
+
+class WaitsForTheOutcome:
+    """A rank waits for the outcome as long as the store lets it."""
+
+    def arrive(self, this):
+        def wait(key, deadline):
+            self.store.store.wait([key])
+            return self.store.peek(key)
+
+        with replaced(self.store, wait_for_value=wait):
+            super().arrive(this)
+
+
+class AnyoneTellsRankZero:
+    """Any rank that leaves lets rank 0 go, and not only the last."""
+
+    def depart(self, this):
+        if self.rank != 0:
+            self.store.set(this.keys.all_left, "")
+        super().depart(this)
+
+
+# Mistakes of the quick barrier.
+
+
+class OneSlot:
+    """All barriers use the same keys, and nobody resets them."""
+
+    def depart(self, this):
+        self.used = None
+        super().depart(this)
+        self.keys = self.slots[0]
+
+
+class BreakWithoutLooking:
+    """A rank whose time is up breaks the barrier also when others have confirmed it."""
+
+    def propose(self, this, outcome):
+        self.store.set(this.keys.state, "0")
+        return super().propose(this, outcome)
+
+
+class NobodyWakes:
+    """The first to confirm wakes nobody."""
+
+    def confirm(self, this):
+        with replaced(self.store, set=lambda *_: None):
+            return super().confirm(this)
+
+
+class SleepsUnseen:
+    """A rank does not look whether the barrier is decided before it falls asleep."""
+
+    def sleep(self, this):
+        self.store.in_slices(this.deadline, "barrier", this.keys.wake, quick.OPEN)
+        return COMPLETE
+
+
+class WaitsToBeWoken:
+    """A rank that falls asleep waits for the key as long as the store lets it."""
+
+    def arrive(self, this):
+        def wait(deadline, request, key, *_):
+            self.store.store.wait([key])
+            return True
+
+        with replaced(self.store, in_slices=wait):
+            super().arrive(this)
+
+
+class AnyoneLetsRankZeroGo:
+    """Any rank that leaves lets rank 0 go, and not only the last."""
+
+    def depart(self, this):
+        if self.rank != 0:
+            self.store.set(this.keys.left, str(quick.OPEN))
+        super().depart(this)
+
+
+class EveryoneTellsWhy:
     """Every rank whose time is up writes why, and not only the one that broke the barrier."""
 
-    def _break(self, slot, generation, deadline, reason, again=False):
-        super()._break(slot, generation, deadline, reason, again)
-        why = write_reason(self._rank, reason, [], deadline.elapsed(), deadline.allowed)
-        self._store.set(keys.reason(self._epoch), why)
+    def propose(self, this, outcome):
+        super().propose(this, outcome)
+        why = outcome_of(self.rank, "its time was up", [], 0.0, 0.0)
+        if outcome not in (COMPLETE, AGAIN):
+            self.store.set(quick.reason(self.epoch), why)
+        return outcome
 
 
-class NoReason(Barrier):
+class NoReason:
     """The rank that breaks the barrier does not say why."""
 
-    def _break(self, *arguments):
-        with patch("refdist.store.keys.reason", lambda epoch: "elsewhere"):
-            super()._break(*arguments)
+    def propose(self, this, outcome):
+        with replaced(self.store, set=lambda *_: None):
+            return super().propose(this, outcome)
 
 
-class ResetTooEarly(Barrier):
+class ResetTooEarly:
     """Rank 0 resets the slot of the present barrier, and not that of the one before."""
 
-    def _depart(self, slot, *rest):
-        self._used = slot
-        super()._depart(slot, *rest)
+    def depart(self, this):
+        self.used = this.keys
+        super().depart(this)
 
 
-class TwoSlots(Barrier):
+class TwoSlots:
     """Two sets of keys in turn, and not three."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self._slots = [*self._slots[:2]] * keys.SLOTS
-
-    @property
-    def _in_epoch(self):
-        return self.__dict__["_in_epoch"]
-
-    @_in_epoch.setter
-    def _in_epoch(self, number):
-        # the slot is this modulo 3; so it is 0, 1, 0, 1, ...
-        self.__dict__["_in_epoch"] = number % 2
-
-
-class WaitsForEver(Barrier):
-    """A rank that falls asleep waits for the gate as long as the store lets it."""
-
-    def _arrive(self, slot, generation, deadline):
-        if self._gates.count_in(slot.arrived, self._world_size, deadline):
-            return True, 0
-        self._store.wait([slot.wake])
-        return True, 0
+    def depart(self, this):
+        super().depart(this)
+        self.tries %= 2
+        self.keys = self.slots[self.tries]
 
 
 class Mutant(NamedTuple):
@@ -186,45 +280,64 @@ class Mutant(NamedTuple):
     Attributes:
         barrier: the class.
         violated: the property that must not hold.
-        native: whether its gates are counters.
         world_size: how many ranks it takes.
         rounds: how many barriers it takes, one after the other.
         timeouts: how many must come early.
+        crashes: how many ranks must die.
+        seconds: the timeout of each barrier; above 1.0, ranks of ``quick`` may sleep.
         width: of the search.
         shows: a line of its timeline.
     """
 
-    barrier: type[Barrier]
+    barrier: type[plain.Barrier]
     violated: Property
-    native: bool = False
     world_size: int = 2
     rounds: int = 1
     timeouts: int = 1
+    crashes: int = 0
+    seconds: float = 1.0
     width: int | None = None
     shows: str = ""
 
+    @property
+    def kind(self):
+        """The barrier without the mistake."""
+        return self.barrier.__bases__[-1]
+
+
+def mutant(mistake, module, violated, **options):
+    kind = type(mistake.__name__, (mistake, module.Barrier), {"__doc__": mistake.__doc__})
+    return Mutant(kind, violated, **options)
+
 
 MUTANTS = [
-    Mutant(
-        NoDeparture, rank_0_leaves_last, native=True, shows="   7  add 1 left to state -> 1 left"
-    ),
-    Mutant(NoOutcome, agreement, shows="raises BarrierError from barrier 0"),
-    Mutant(PlainCounter, nobody_returns_early, rounds=2, shows="add 1 to arrived -> 3"),
-    Mutant(KeysDeletedEarly, everyone_is_woken, shows="delete_key state -> yes"),
-    Mutant(TimeoutBreaksNothing, no_latecomer_passes, shows="raises BarrierError from barrier 0"),
-    Mutant(BreakWithoutLooking, agreement, shows="set state = nothing yet"),
-    Mutant(NobodyWakes, everyone_is_woken, shows="wait wake: time is up"),
-    Mutant(
-        SleepsUnseen, everyone_is_woken, native=True, shows="   9  barrier wake of open: time is up"
-    ),
-    Mutant(WaitsForEver, nobody_waits_for_ever, native=True, shows="wait wake: waits"),
-    Mutant(AnyoneOpensTheLastGate, rank_0_leaves_last, native=True, shows="   8  add 1 left"),
-    Mutant(
-        SameNamesAfterFailure, next_call_works, rounds=2, shows="raises BarrierError from barrier 1"
-    ),
-    Mutant(OldKeysStay, no_key_stays, rounds=2, shows="returns from barrier 1"),
-    Mutant(EveryoneTellsWhy, one_reason, world_size=3, timeouts=2, width=3000, shows='{"by": 0'),
-    Mutant(NoReason, everyone_is_woken, shows="wait reason: time is up"),
-    Mutant(ResetTooEarly, next_call_works, shows="set arrived = 0, state = nothing yet"),
-    Mutant(TwoSlots, next_call_works, rounds=3, timeouts=0, shows="add 1 to arrived -> 3"),
+    mutant(NoDeparture, plain, rank_0_leaves_last),
+    mutant(NoDeparture, quick, rank_0_leaves_last),
+    mutant(NoOutcome, plain, agreement),
+    mutant(NoOutcome, quick, agreement),
+    mutant(KeysDeletedEarly, plain, agreement),
+    mutant(KeysDeletedEarly, quick, agreement),
+    mutant(TimeoutBreaksNothing, plain, no_latecomer_passes),
+    mutant(TimeoutBreaksNothing, quick, no_latecomer_passes),
+    mutant(RankZeroIsNotTold, plain, everyone_is_woken),
+    mutant(RankZeroIsNotTold, quick, everyone_is_woken),
+    mutant(SameNamesAfterFailure, plain, next_call_works, rounds=2),
+    mutant(SameNamesAfterFailure, quick, next_call_works, rounds=2),
+    mutant(OldKeysStay, plain, no_key_stays, rounds=2),
+    mutant(OldKeysStay, quick, no_key_stays, rounds=2),
+    mutant(OneSetOfKeys, plain, nobody_returns_early, rounds=2),
+    mutant(ProposalsOverwrite, plain, agreement),
+    mutant(CountsBeforeItSigns, plain, next_call_works),
+    mutant(WaitsForTheOutcome, plain, nobody_waits_for_ever, crashes=1),
+    mutant(AnyoneTellsRankZero, plain, rank_0_leaves_last, world_size=3, timeouts=0),
+    mutant(OneSlot, quick, nobody_returns_early, rounds=2),
+    mutant(BreakWithoutLooking, quick, agreement),
+    mutant(NobodyWakes, quick, everyone_is_woken, seconds=1.5),
+    mutant(SleepsUnseen, quick, everyone_is_woken, seconds=1.5),
+    mutant(WaitsToBeWoken, quick, nobody_waits_for_ever, crashes=1, seconds=1.5),
+    mutant(AnyoneLetsRankZeroGo, quick, rank_0_leaves_last, world_size=3, timeouts=0),
+    mutant(EveryoneTellsWhy, quick, one_reason, world_size=3, timeouts=2, width=3000),
+    mutant(NoReason, quick, everyone_is_woken),
+    mutant(ResetTooEarly, quick, next_call_works, rounds=2),
+    mutant(TwoSlots, quick, next_call_works, rounds=3, timeouts=0),
 ]

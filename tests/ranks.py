@@ -19,12 +19,9 @@ import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from refdist import StatelessProcessGroup, create_tcp_store
-from refdist.barrier import Barrier
-from refdist.barrier.roll import signed_by
-from refdist.calls import Calls
-from refdist.store import keys
-from refdist.store.client import StoreClient
-from refdist.store.seals import Seals
+from refdist.barrier import barrier_of
+from refdist.barrier.roll import ARRIVED, ENTRY, Roll
+from refdist.store.seals import NO_SEALS, Seals
 
 LOCAL = "127.0.0.1"
 DEADLINE = 40.0
@@ -263,11 +260,14 @@ def with_secret(
     group: StatelessProcessGroup, secret: str = "a secret of tests"
 ) -> StatelessProcessGroup:
     """Let a group over a store that was there before seal what it writes, as ``create`` does."""
-    seals = Seals(secret.encode(), "group")
-    client = StoreClient(group.store)
-    barrier = Barrier(client, group.rank, group.world_size, seals)
-    group._use(client, barrier, Calls(client))
+    group._barrier.seals = Seals(secret.encode(), "group")
     return group
+
+
+def entry(generation: int, rank: int, value: bytes = b"", seals=NO_SEALS, key: str = "") -> bytes:
+    """What a rank appends to the roll under a key when it arrives."""
+    signed = ENTRY.pack(generation, 0, rank, ARRIVED, len(value)) + value
+    return signed + seals.tag(key, signed)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -280,9 +280,9 @@ def until(condition: Callable[[], bool]) -> None:
 
 def until_signed(store: Any, ranks: Iterable[int]) -> None:
     """Wait until these ranks have signed the roll of the first barrier of a group."""
-    roll = keys.slots(0)[0].roll
+    roll = barrier_of(store, 0, 1).keys.roll
     store.wait([roll], timedelta(seconds=20))
-    until(lambda: signed_by(store.get(roll), 0) >= set(ranks))
+    until(lambda: set(Roll.parse(store.get(roll), 0, NO_SEALS, roll).values) >= set(ranks))
 
 
 def interrupt(process_id: int) -> float:

@@ -123,12 +123,13 @@ def test_a_rank_that_is_behind_is_told():
     ahead, behind = (StatelessProcessGroup(rank, 2, stores[rank]) for rank in range(2))
     with pytest.raises(BarrierError):
         ahead.barrier(timeout=0.1)
+    roll = ahead._barrier.keys.roll  # of the next barrier
 
     def call(rank):
         if rank == 0:
             ahead.realign(timeout=20)
             return None
-        observer.wait(["barrier/1/0/roll"])
+        observer.wait([roll])
         with pytest.raises(BarrierError, match="missing: rank 1 of 2") as caught:
             behind.barrier(timeout=20)
         behind.realign(timeout=20)
@@ -220,11 +221,12 @@ def test_a_stranger_deletes_the_count(rank):
     stores = [server, create_tcp_store(LOCAL, server.port, timeout=timedelta(seconds=30))]
     stranger = create_tcp_store(LOCAL, server.port)
     group = StatelessProcessGroup(rank, 2, stores[rank])
+    counter = group._barrier.keys.counter
     over = threading.Event()
 
     def hammer():
         while not over.is_set():
-            stranger.delete_key("barrier/0/0/arrived")
+            stranger.delete_key(counter)
 
     thread = threading.Thread(target=hammer, daemon=True)
     thread.start()

@@ -92,18 +92,19 @@ def test_the_warning_of_a_short_secret_points_to_the_caller():
 
 _FORK = """
 import os, signal, sys, threading
-from refdist import torch_versions
+from refdist.store.client import quiet
+from refdist.torch_versions import log_level
 
 inside, leave = threading.Event(), threading.Event()
 
 def wait_quietly():
-    with torch_versions.quiet():
+    with quiet():
         if sys.argv[1] == "locked":
-            torch_versions._quiet_lock.acquire()
+            quiet._lock.acquire()
         inside.set()
         leave.wait()
         if sys.argv[1] == "locked":
-            torch_versions._quiet_lock.release()
+            quiet._lock.release()
 
 thread = threading.Thread(target=wait_quietly)
 thread.start()
@@ -111,17 +112,17 @@ inside.wait()
 child = os.fork()
 if child == 0:
     signal.alarm(20)
-    levels = [torch_versions._log_level().value]
-    with torch_versions.quiet():
-        levels.append(torch_versions._log_level().value)
-    levels.append(torch_versions._log_level().value)
+    levels = [log_level().value]
+    with quiet():
+        levels.append(log_level().value)
+    levels.append(log_level().value)
     os.write(1, f"child {levels}\\n".encode())
     os._exit(0)
 os.waitpid(child, 0)
-during = torch_versions._log_level().value
+during = log_level().value
 leave.set()
 thread.join()
-print("parent", [during, torch_versions._log_level().value])
+print("parent", [during, log_level().value])
 """
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from unittest.mock import patch
 
 import pytest
-from mutants import MUTANTS
+from mutants import MUTANTS, GoesWithoutAWord
 from ranks import with_secret
 from torch.distributed import DistStoreError
 
@@ -23,41 +23,47 @@ from refdist import (
     StatelessProcessGroup,
     torch_versions,
 )
-from refdist.barrier import Barrier
+from refdist.barrier import plain, quick
+from refdist.barrier.roll import COMPLETE
 from refdist.deadline import CancelledWaitError, Deadline
 from refdist.exploration import (
     REFDIST_BARRIER,
     RefdistWords,
-    agreement,
     explore,
     next_call_works,
     no_key_stays,
     nobody_waits_for_ever,
-    rank_0_leaves_last,
     replay,
     within,
 )
 from refdist.exploration.machine import Machine
+from refdist.joining.realigning import break_off
 from refdist.objects import encoding
+from refdist.store.keys import message
+from refdist.store.seals import Seals
 
 COUNTERS = pytest.mark.skipif(
     not torch_versions.store_features()[torch_versions.STORE_BARRIER],
     reason="this torch has no Store.barrier",
 )
-BOTH_KINDS = pytest.mark.parametrize(
-    "native", [pytest.param(True, id="counters", marks=COUNTERS), pytest.param(False, id="keys")]
+BOTH_GROUPS = pytest.mark.parametrize(
+    "native", [pytest.param(True, id="quick", marks=COUNTERS), pytest.param(False, id="plain")]
 )
+BOTH_KINDS = pytest.mark.parametrize("module", [plain, quick], ids=["plain", "quick"])
 SECOND = timedelta(seconds=1)
 
 
-def kind_of_gates(native):
+def kind_of_barrier(native):
+    """All groups made in this context have this kind of barrier."""
     return nullcontext() if native else torch_versions.switched_off(torch_versions.STORE_BARRIER)
 
 
-def barriers(rounds=1, kind=Barrier):
+def barriers(rounds=1, kind=plain.Barrier, seconds=1.0, secret=False):
     def protocol(store, rank, world_size):
         barrier = kind(store, rank, world_size)
-        return {f"barrier {number}": lambda: barrier.wait(1.0) for number in range(rounds)}
+        if secret:
+            barrier.seals = Seals(b"a secret of tests", "group")
+        return {f"barrier {number}": lambda: barrier.wait(seconds) for number in range(rounds)}
 
     return protocol
 
@@ -364,20 +370,40 @@ def test_a_closed_connection():
     assert explore(only(0, call), 1, [within(0)]).counterexample is None
 
 
-# The shipped barrier.
+# The shipped barriers. With more than a second, ranks of the quick one may fall asleep.
 
 
-# Two ranks, a crash, and any number of timeouts.
 @BOTH_KINDS
-def test_all_schedules_of_two_ranks(native):
-    with kind_of_gates(native):
-        found = explore(
-            barriers(), 2, [*REFDIST_BARRIER, within(3.01)],
-            timeouts=99, crashes=1,
-        )  # fmt: skip
+@pytest.mark.parametrize("seconds", [1.0, 1.5])
+@pytest.mark.parametrize("secret", [False, True], ids=["", "secret"])
+@pytest.mark.parametrize(("rounds", "timeouts", "crashes"), [(2, 1, 0), (2, 0, 1), (1, 99, 1)])
+def test_all_schedules_of_two_ranks(rounds, timeouts, crashes, secret, seconds, module):
+    if module is plain and seconds > 1:
+        pytest.skip("the plain barrier has no sleepers, so this is the same again")
+    found = explore(
+        barriers(rounds, module.Barrier, seconds, secret), 2,
+        [*REFDIST_BARRIER, within(rounds * 4.01)],
+        timeouts=timeouts, crashes=crashes,
+    )  # fmt: skip
     assert found.counterexample is None and found.complete
-    assert found.states > (30_000 if native else 5_000)
-    assert found.schedules > 10**6
+    assert found.states > 1_000 and found.schedules > 50_000
+
+
+# More of them, and three ranks. Where there are too many states, some are drawn after each step.
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(
+    ("world_size", "rounds", "timeouts", "crashes", "seconds", "width"),
+    [(2, 2, 2, 0, 1.5, 3_000), (2, 2, 1, 1, 1.5, 3_000), (3, 1, 1, 1, 1.5, 4_000)],
+)
+def test_more_schedules(world_size, rounds, timeouts, crashes, seconds, width, module):
+    found = explore(
+        barriers(rounds, module.Barrier, seconds), world_size, REFDIST_BARRIER,
+        timeouts=timeouts, crashes=crashes, width=width,
+    )  # fmt: skip
+    assert found.counterexample is None
+    assert found.states > 30_000 and found.schedules > 10**7
 
 
 # A rank is interrupted, once, after any of its waits. It has not been there then, and comes again;
@@ -393,18 +419,25 @@ class InterruptedDeadline(Deadline):
         return super().slice()
 
 
-def interrupted(ranks, rounds=1, kind=Barrier):
+def interrupted(ranks, rounds=1, kind=plain.Barrier):
     def protocol(store, rank, world_size):
         barrier = kind(store, rank, world_size)
+        outcomes, confirm = [], barrier.confirm
+
+        def noted(this):
+            outcomes.append(confirm(this))
+            return outcomes[-1]
+
+        barrier.confirm = noted
 
         def call(number):
             deadline = Deadline if number or rank not in ranks else InterruptedDeadline
             try:
                 barrier.wait(deadline(9.0))
-            except CancelledWaitError as error:
+            except CancelledWaitError:
                 if barrier.generation == number:
                     barrier.wait(9.0)
-                elif not error.completed:
+                elif outcomes[-1] != COMPLETE:
                     raise
 
         return {f"barrier {number}": partial(call, number) for number in range(rounds)}
@@ -419,33 +452,22 @@ WITHOUT_KEYS = [holds for holds in REFDIST_BARRIER if holds is not no_key_stays]
 @BOTH_KINDS
 @pytest.mark.parametrize(
     ("world_size", "ranks", "rounds", "timeouts", "width"),
-    [(2, (0, 1), 1, 2, None), (2, (0, 1), 2, 1, None), (3, (0, 1, 2), 1, 1, 2_000)],
+    [(2, (0, 1), 1, 2, None), (2, (0, 1), 2, 1, 2_000), (3, (0, 1, 2), 1, 1, 2_000)],
 )
-def test_interrupted_ranks(world_size, ranks, rounds, timeouts, width, native):
-    with kind_of_gates(native):
-        found = explore(
-            interrupted(ranks, rounds), world_size, WITHOUT_KEYS, timeouts=timeouts, width=width
-        )
-    assert found.counterexample is None and found.complete is (width is None)
-    assert found.schedules > 10**6
+def test_interrupted_ranks(world_size, ranks, rounds, timeouts, width, module):
+    found = explore(
+        interrupted(ranks, rounds, module.Barrier), world_size, WITHOUT_KEYS,
+        timeouts=timeouts, width=width,
+    )  # fmt: skip
+    assert found.counterexample is None and (found.complete or width is not None)
+    assert found.schedules > 10**5
 
 
 # Were the others not told, they would let the rank pass alone, or wait for it in vain.
-
-
-class GoesWithoutAWord(Barrier):
-    """A rank that is interrupted says nothing, and comes again as if it had not been there."""
-
-    def _break(self, slot, generation, deadline, reason, again=False):
-        if again:
-            raise CancelledWaitError(reason)
-        super()._break(slot, generation, deadline, reason)
-
-
 @BOTH_KINDS
-def test_interrupted_without_a_word(native):
-    with kind_of_gates(native):
-        found = explore(interrupted((0, 1), 1, GoesWithoutAWord), 2, WITHOUT_KEYS, timeouts=1)
+def test_interrupted_without_a_word(module):
+    kind = type("Mutant", (GoesWithoutAWord, module.Barrier), {})
+    found = explore(interrupted((0, 1), 1, kind), 2, WITHOUT_KEYS, timeouts=1)
     assert found.counterexample is not None
 
 
@@ -458,7 +480,7 @@ def realigned(alone):
         group = StatelessProcessGroup(rank, world_size, store)
 
         def break_alone():
-            group._barrier.break_off("its time was up")
+            break_off(group._barrier, "its time was up")
 
         calls = {"alone": break_alone} if rank == alone else {}
         return calls | {
@@ -475,12 +497,12 @@ def everyone_realigns(snapshot):
     return all(call.value == [0, 1] for call in gathers if call.returned)
 
 
-@BOTH_KINDS
+@BOTH_GROUPS
 @pytest.mark.parametrize("alone", [0, 1])
 def test_realigned_ranks(alone, native):
     both = [everyone_realigns, nobody_waits_for_ever]
-    with kind_of_gates(native):
-        # with keys, and a timeout, there are some millions of states
+    with kind_of_barrier(native):
+        # with a timeout, the plain barrier has some millions of states
         found = explore(realigned(alone), 2, both, timeouts=int(native))
         undisturbed = explore(realigned(alone), 2, [*both, next_call_works], timeouts=0)
     for some in (found, undisturbed):
@@ -488,79 +510,39 @@ def test_realigned_ranks(alone, native):
         assert some.schedules > 1_000
 
 
-@BOTH_KINDS
-def test_all_schedules_of_two_barriers(native):
-    with kind_of_gates(native):
-        found = explore(barriers(2), 2, REFDIST_BARRIER, timeouts=1 - native, crashes=int(native))
-    assert found.counterexample is None and found.complete
-    assert found.schedules > 10**5
-
-
-# With counters, all schedules of three ranks. With keys there are more than a million states, so
-# some are drawn after each step.
-@BOTH_KINDS
-def test_three_ranks(native):
-    with kind_of_gates(native):
-        found = explore(
-            barriers(), 3, REFDIST_BARRIER,
-            timeouts=1, crashes=1, width=None if native else 5_000,
-        )  # fmt: skip
-    assert found.counterexample is None
-    assert found.complete is native
-    assert found.states > 100_000
-    assert found.schedules > 10**7
-
-
-# Found here: the first to confirm woke the others after its mark, which was the last that rank 0
-# waited for. Rank 0 left, and with it the store.
-@BOTH_KINDS
-def test_rank_0_leaves_last(native):
-    with kind_of_gates(native):
-        found = explore(barriers(), 2, [rank_0_leaves_last], crashes=1)
-    assert found.counterexample is None  # 0001110011 and 0001111000
-
-
-# Found here: a gate that is a counter was opened by two requests, and the second could time out, on
-# a rank whose barrier was complete. The first alone wakes everyone.
-@COUNTERS
-def test_opening_a_gate_does_not_fail():
-    found = explore(barriers(), 2, [agreement])
-    assert found.counterexample is None  # 0001110011t1
-
-
 # Every mutant is caught, by the property that it was made to break. The real barrier is not.
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        pytest.param(mutant, id=mutant.barrier.__name__, marks=[COUNTERS] if mutant.native else [])
-        for mutant in MUTANTS
-    ],
-)
+def name_of(mutant):
+    return f"{mutant.barrier.__name__}-{mutant.kind.__module__.rpartition('.')[2]}"
+
+
+def explore_as(mutant, kind, properties):
+    return explore(
+        barriers(mutant.rounds, kind, mutant.seconds), mutant.world_size, properties,
+        timeouts=mutant.timeouts, crashes=mutant.crashes, width=mutant.width,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=name_of)
 def test_mutants(mutant):
-    with kind_of_gates(mutant.native):
-        found = explore(
-            barriers(mutant.rounds, mutant.barrier), mutant.world_size, [mutant.violated],
-            timeouts=mutant.timeouts, width=mutant.width,
-        )  # fmt: skip
-        timeline = found.counterexample.timeline(RefdistWords())
+    found = explore_as(mutant, mutant.barrier, [mutant.violated])
+    timeline = found.counterexample.timeline(RefdistWords())
     print(f"{mutant.barrier.__doc__}\n{timeline}")
     assert str(timeline).endswith(f"Not so: {mutant.violated.__doc__}")
     assert mutant.shows in str(timeline)
 
 
 # Where a mutant fails, the real barrier does not.
-@pytest.mark.parametrize("config", sorted({mutant[2:7] for mutant in MUTANTS}, key=str))
-def test_the_real_barrier_where_mutants_fail(config):
-    native, world_size, rounds, timeouts, width = config
-    properties = {mutant.violated for mutant in MUTANTS if mutant[2:7] == config}
-    with kind_of_gates(native):
-        found = explore(
-            barriers(rounds), world_size, list(properties),
-            timeouts=timeouts, width=width,
-        )  # fmt: skip
-    assert found.counterexample is None
+
+
+@pytest.mark.parametrize("config", sorted({m[2:8] for m in MUTANTS}, key=str), ids=str)
+@BOTH_KINDS
+def test_the_real_barrier_where_mutants_fail(config, module):
+    alike = [m for m in MUTANTS if m[2:8] == config and m.kind is module.Barrier]
+    if alike:
+        found = explore_as(alike[0], module.Barrier, list({m.violated for m in alike}))
+        assert found.counterexample is None
 
 
 # Gathering: a barrier that carries objects. All ranks get all objects, or none does.
@@ -603,14 +585,14 @@ def errors_are(*kinds):
     return only_these
 
 
-@BOTH_KINDS
+@BOTH_GROUPS
 @pytest.mark.parametrize(
     ("rounds", "timeouts", "crashes", "secret"),
     [(1, 1, 1, False), (2, 0, 0, False), (1, 1, 1, True)],
 )
 def test_gathering(rounds, timeouts, crashes, secret, native):
     properties = [*REFDIST_BARRIER, everyone_gets_everything, errors_are(MessageTimeoutError)]
-    with kind_of_gates(native):
+    with kind_of_barrier(native):
         found = explore(
             gathers(rounds, secret), 2, properties,
             timeouts=timeouts, crashes=crashes,
@@ -667,9 +649,9 @@ def nothing_is_lost(snapshot):
 
 
 def no_message_stays(snapshot):
-    """When everything has arrived or expired, and was asked for, the store is empty."""
+    """When everything has arrived or expired, and was asked for, only notes of expiry stay."""
     done = snapshot.ended and not any(call.raised for call in snapshot.calls[1].values())
-    return not done or bool(snapshot.dead) or not (snapshot.values or snapshot.queues)
+    return not done or bool(snapshot.dead) or {*snapshot.values} <= {message(0, 1, 0).expired}
 
 
 MAIL = [nothing_is_lost, no_message_stays, nobody_waits_for_ever, errors_are(MessageError)]
@@ -706,7 +688,7 @@ def test_messages_in_chunks(seconds):
 @COUNTERS
 def test_a_queue_wakes_who_waits_in_a_barrier():
     def protocol(store, rank, world_size):
-        barrier = Barrier(store, rank, world_size)
+        barrier = quick.Barrier(store, rank, world_size)
         mine = lambda: store.queue_push("q", "x") if rank == 0 else store.queue_pop("q")  # noqa: E731
         second = {"again": lambda: store.queue_push("q", "x")} if rank == 0 else {}
         return {"first": mine, **second, "barrier": lambda: barrier.wait(1.0)}

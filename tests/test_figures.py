@@ -6,7 +6,6 @@ import sys
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from refdist.barrier.phases import PhaseEvent
 from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.fit import Line
 from refdist.benchmarks.ways import WAYS
@@ -23,6 +22,7 @@ from refdist.lab.figures import (
 )
 from refdist.lab.figures.all_reduce import _WAYS
 from refdist.lab.observer import KeyCount
+from refdist.phases import PhaseEvent
 
 
 def bars(ax):

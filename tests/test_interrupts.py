@@ -27,12 +27,12 @@ from refdist import (
     create_tcp_store,
     torch_versions,
 )
+from refdist.barrier import quick
 from refdist.objects import encoding
 from refdist.store import keys
 
 SLACK = 6.0  # seconds that a slow machine may take beyond a protocol's own deadline
 LARGE = encoding.CHUNK_BYTES + 1  # two chunks
-FIRST = keys.slots(0)[0]  # the keys of the first barrier
 WAITS = ("wait", "barrier")  # requests that wait
 
 # With what torch offers, and without, as on an old one.
@@ -88,9 +88,32 @@ def telling(here, name):
         here.tell(name)
 
 
-def confirms(request, key, amount):
-    """Whether a request is a confirmation of the first barrier."""
-    return request == "add" and key == FIRST.state and amount % (1 << 16) == 1
+def keys_of(native, number):
+    """The keys of a barrier, of which no earlier one has broken."""
+    return keys.Slot.of(0, number % quick.SLOTS) if native else keys.PlainKeys.of(number)
+
+
+def leaves(native, number):
+    """What tells whether a request is the first with which a rank leaves: it signs off."""
+    roll = keys_of(native, number).roll
+    signed = []
+
+    def matches(request, key, amount):
+        if (request, key) != ("append", roll):
+            return False
+        signed.append(key)
+        return len(signed) == 2
+
+    return matches
+
+
+def count_keys(here, group):
+    """How many keys the store of a group holds, without ``all_left`` of the last barrier.
+
+    The last rank to leave writes that, unless it is rank 0.
+    """
+    last = keys.PlainKeys.of(group._barrier.tries - 1)
+    return here.count_keys(group) - group.store.check([last.all_left])
 
 
 # SIGINT to a rank that waits: KeyboardInterrupt within about a second, and the group still works,
@@ -193,11 +216,14 @@ def test_sigint_ends_a_creation(native):
 
 def _interrupt_barrier(here, native, victim, phase):
     with features(native), here.group() as group:
+        its = keys_of(native, 6)
+        left = its.left if native else its.all_left
+        leaving = leaves(native, 6)
         moments = {
             "roll": lambda request, *_: request == "append",
             "arrival": lambda request, key, _: request in WAITS,
-            "confirmation": confirms,
-            "departure": lambda request, key, _: request in WAITS and key == FIRST.left,
+            "confirmation": leaving,
+            "departure": lambda request, key, _: request in WAITS and key == left,
         }
         hook = at_the_moment(here, victim, moments[phase])
 
@@ -206,7 +232,7 @@ def _interrupt_barrier(here, native, victim, phase):
                 if here.rank == 1 and request in WAITS:
                     here.tell("rank 1 waits")
                 hook(request, key, amount)
-                if phase == "departure" and here.rank == 1 and confirms(request, key, amount):
+                if phase == "departure" and here.rank == 1 and leaving(request, key, amount):
                     # rank 0 waits for this rank, and is interrupted in that
                     send_sigint(here)
                     here.ask("raised/0")
@@ -216,7 +242,7 @@ def _interrupt_barrier(here, native, victim, phase):
         again = second_group(here, group, native, before)
         for _ in range(6):
             again.barrier()
-        keys_before = here.count_keys(again)
+        keys_before = count_keys(here, again)
         on = True
         outcome = None
         if here.rank == 2 and phase in ("roll", "arrival"):
@@ -239,7 +265,7 @@ def _interrupt_barrier(here, native, victim, phase):
         on = False
         for _ in range(6):
             again.barrier()
-        return outcome, here.count_keys(again) - keys_before
+        return outcome, count_keys(here, again) - keys_before
 
 
 @BOTH_KINDS
@@ -632,9 +658,9 @@ def test_everyone_learns_why_a_barrier_broke_before_rank_0_closes(native):
     assert run_ranks(_break_inside_with, 3, native) == [(2,), (2,), None]
 
 
-# SIGINT to one rank in a gather of large objects: as it reads the chunks, or as rank 0 resets the
-# keys before it leaves. It alone raises. The others have the objects, the next calls match, and no
-# chunk stays.
+# SIGINT to one rank in a gather of large objects: as it reads the chunks, or as rank 0 resets or
+# deletes keys before it leaves. It alone raises. The others have the objects, the next calls match,
+# and no chunk stays.
 
 
 def _interrupt_large_gather(here, native, victim, moment):
@@ -645,7 +671,7 @@ def _interrupt_large_gather(here, native, victim, moment):
         if moment == "reading":
             now = request == "compare_set" and "/chunk/" in key
         else:
-            now = request == "multi_set"
+            now = request == ("multi_set" if native else "delete_key")
         if now and here.rank == victim and not sent:
             sent.append(key)
             signal.raise_signal(signal.SIGINT)
@@ -658,7 +684,7 @@ def _interrupt_large_gather(here, native, victim, moment):
         except KeyboardInterrupt:
             outcome = "SIGINT"
         gathered = again.all_gather_obj(here.rank, timeout=20)
-        chunks = [keys.chunk(keys.gathered_value(r, 1), 0) for r in range(here.world_size)]
+        chunks = [keys.gathered(r, 1).chunk(0) for r in range(here.world_size)]
         left = [key for key in chunks if again.store.check([key])] if here.rank == 0 else []
         again.barrier(timeout=20)
         return outcome, gathered, left
@@ -675,13 +701,15 @@ def test_interrupts_one_rank_in_a_large_gather(victim, moment, native):
     assert results == [(outcome, [0, 1, 2], []) for outcome in outcomes]
 
 
-# Rank 2 is slow to confirm a gather of large objects, and rank 0 gives up waiting for it to leave.
+# Rank 2 is slow to leave a gather of large objects, and rank 0 gives up waiting for it to leave.
 # The others have the objects, and what they gather next is of the same round on all.
 
 
 def _slow_to_leave(here, native):
+    leaving = leaves(native, 0)
+
     def before(request, key=None, amount=None, *_):
-        if here.rank == 2 and confirms(request, key, amount):
+        if here.rank == 2 and leaving(request, key, amount):
             here.ask("rank 0 gave up")
 
     with features(native), here.group() as group:
@@ -715,8 +743,12 @@ def test_interrupts_expire_data():
             if len(deleted) == 3:
                 signal.raise_signal(signal.SIGINT)
 
-    group = StatelessProcessGroup(0, 2, Watched(HashStore(), before), data_expiration_seconds=1)
-    group.entries.extend((f"message/0/1/{number}", 0.0) for number in range(10))
+    group = StatelessProcessGroup(0, 2, Watched(HashStore(), before))
+    for number in range(10):
+        group.send_obj(number, 1)
+    aged = [(key, written - 3601) for key, written in group.entries]
+    group.entries.clear()
+    group.entries.extend(aged)
     # a shell lets what it runs in the background ignore SIGINT
     found = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -740,14 +772,17 @@ def test_a_handler_that_sets_another():
         raise KeyboardInterrupt
 
     def before(request, *_):
-        if request == "append":
+        if request == "append" and due:
+            due.clear()
             signal.raise_signal(signal.SIGINT)
 
+    due = [True]  # once in each barrier
     found = signal.signal(signal.SIGINT, first)
     try:
         group = StatelessProcessGroup(0, 1, Watched(HashStore(), before))
         group.barrier(timeout=5)
         assert signal.getsignal(signal.SIGINT) is second
+        due.append(True)
         with pytest.raises(KeyboardInterrupt):
             group.barrier(timeout=5)
         assert signal.getsignal(signal.SIGINT) is second

@@ -20,7 +20,7 @@ from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 from refdist import create_tcp_store
 from refdist.exploration.machine import Machine
 from refdist.exploration.session import TIMED_OUT
-from refdist.torch_versions import quiet
+from refdist.store.client import quiet
 
 CLIENTS, REQUESTS, SECONDS = 3, 40, 20.0
 SHORT, LONG = timedelta(milliseconds=2), timedelta(seconds=SECONDS)

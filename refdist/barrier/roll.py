@@ -1,193 +1,124 @@
-"""What is stored about a barrier: its state, why it broke, and what its ranks brought."""
+"""The roll of a barrier: what its ranks append there, and what it says to a reader.
 
-import json
+Each rank appends an entry when it arrives, and another one when it leaves. With a secret, each
+entry carries a tag.
+"""
+
 import struct
-import time
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
-from refdist.errors import AuthenticationError, BarrierError, MessageError, name_ranks
-from refdist.store.seals import NO_SEALS, NoSeals
+from refdist.deadline import CancelledWaitError, Deadline
+from refdist.errors import AuthenticationError, MessageError, name_ranks, outcome_of
+from refdist.store.seals import NoSeals
 
-LEFT, LEFT_SUM, WOKEN, ASLEEP, BROKEN = 1, 1 << 16, 1 << 47, 1 << 48, -(1 << 63)
-MAX_WORLD_SIZE = 1 << 14
+COMPLETE, AGAIN = b"complete", b"again"
+"""Two outcomes. Any other one is "broken" and says why. After "again", the ranks try again."""
 
-_SIGNATURE = struct.Struct("<QII")  # generation, rank, and the length of the value that follows
+ARRIVED, LEFT = 0, 1
+ENTRY = struct.Struct("<QQIII")
+"""Generation, number of broadcasts, rank, ARRIVED or LEFT, and length of the value that follows."""
 
 
-class State(NamedTuple):
-    """What the state of a barrier says: one integer, to which the store can add.
+class Roll(NamedTuple):
+    """What can be read on a roll.
 
-    From the lowest bit: 16 bits count the ranks that have left, 31 hold the sum of their numbers,
-    one says that the sleepers have been woken, and the rest counts them. Negative means broken; the
-    bit of the sleepers says then that the ranks try again.
+    Attributes:
+        values: that the ranks brought when they arrived, by rank.
+        broadcasts: that each of them had made and received then.
+        left: the ranks that have left.
+        rest: what follows the last entry that makes sense and has the right tag.
+        key: of the roll.
+        generation: of its barrier.
+        sealed: whether entries carry tags.
     """
 
-    left: int
-    left_sum: int
-    woken: bool
-    asleep: int
-    broken: bool
+    values: dict[int, bytes]
+    broadcasts: list[int]
+    left: set[int]
+    rest: bytes
+    key: str
+    generation: int
+    sealed: bool
 
     @classmethod
-    def of(cls, value: int) -> Self:
-        """Unpack the integer."""
-        left, left_sum = value & (LEFT_SUM - 1), (value & (WOKEN - 1)) // LEFT_SUM
-        return cls(left, left_sum, bool(value & WOKEN), value // ASLEEP, value < 0)
+    def parse(cls, written: bytes | None, generation: int, seals: NoSeals, key: str) -> Self:
+        """Read what was written under a key; nothing, where it is None."""
+        values: dict[int, bytes] = {}
+        broadcasts: list[int] = []
+        left: set[int] = set()
+        rest = written or b""
+        while len(rest) >= ENTRY.size:
+            number, count, rank, kind, length = ENTRY.unpack_from(rest)
+            end = ENTRY.size + length
+            after = end + seals.tag_bytes
+            again = rank in (left if kind else values)
+            if number != generation or kind > LEFT or again or after > len(rest):
+                break
+            if seals.tag_bytes and not seals.fits(rest[end:after], key, rest[:end]):
+                break
+            if kind == LEFT:
+                left.add(rank)
+            else:
+                values[rank] = rest[ENTRY.size : end]
+                broadcasts.append(count)
+            rest = rest[after:]
+        return cls(values, broadcasts, left, rest, key, generation, seals.tag_bytes > 0)
 
-    @property
-    def again(self) -> bool:
-        """Whether it is broken only because a rank was interrupted, and the others try again."""
-        return self.broken and self.woken
+    def missing(self, world_size: int) -> list[int]:
+        """The ranks that have not arrived."""
+        return [rank for rank in range(world_size) if rank not in self.values]
 
-    @staticmethod
-    def mark(rank: int) -> int:
-        """What a rank adds to the state to confirm."""
-        return LEFT + rank * LEFT_SUM
+    def in_rank_order(self, world_size: int) -> list[bytes]:
+        """The values of all ranks; a MessageError if there are others, or not all."""
+        if self.rest and self.sealed:
+            raise AuthenticationError(
+                f"{self.key}: the last {len(self.rest)} bytes on the roll of gather "
+                f"{self.generation} carry no right tag: forged, altered, cut off, or copied from "
+                f"another round or group; they were not looked at"
+            )
+        if self.rest or max(self.values) >= world_size:
+            end = f"the roll ends in {self.rest[-40:]!r}, which no rank of refdist writes"
+            raise MessageError(f"gather {self.generation}: {end}")
+        if not all(map(self.values.get, range(world_size))):
+            empty = [rank for rank in range(world_size) if not self.values.get(rank)]
+            why = f"{name_ranks(empty)} brought nothing; did another rank call barrier meanwhile?"
+            raise MessageError(f"gather {self.generation}: {why}")
+        return list(map(self.values.__getitem__, range(world_size)))
 
-    @staticmethod
-    def broken_by(rank: int, again: bool) -> int:
-        """The state that a rank writes to break the barrier.
 
-        It is unlike any other rank's, whatever marks were added to that, as each counts in LEFT.
-        """
-        return BROKEN + rank * LEFT_SUM + (WOKEN if again else 0)
+NOT_READ = Roll({}, [], set(), b"", "", 0, False)
 
 
-def read_state(value: bytes | int, generation: int, world_size: int) -> State:
-    """Unpack a state; an empty one is that of a slot that was never used.
+@dataclass(slots=True)
+class Try:
+    """One try of a barrier, as one rank sees it.
 
-    Raises:
-        BarrierError: no rank has written it.
+    Attributes:
+        keys: of the store.
+        value: that this rank brings to a gather; empty for a barrier.
+        deadline: of the present phase.
+        seen: outcome that the rank has seen in arrival.
+        interrupt: what has interrupted its arrival.
+        roll: as read before the rank left, for a gather.
+        state: in ``quick``, the number that the rank adds to the state, and then the sum.
     """
-    try:
-        state = State.of(int(value or 0))
-        if state.broken or max(state.left, state.asleep) <= world_size:
-            return state
-    except ValueError:
-        pass
-    raise BarrierError(
-        f"barrier {generation} has a state that no rank of refdist writes: {value!r}",
-        phase="confirmation",
-        generation=generation,
-    )
 
+    keys: Any
+    value: bytes
+    deadline: Deadline
+    seen: bytes | None = None
+    interrupt: CancelledWaitError | None = None
+    roll: Roll = NOT_READ
+    state: int = 1
 
-def write_reason(
-    rank: int, reason: str, missing: Sequence[int], elapsed: float, allowed: float
-) -> str:
-    """What a rank writes about a barrier that it has broken."""
-    return json.dumps(
-        {
-            "by": rank,
-            "reason": reason,
-            "missing": list(missing),
-            "elapsed": elapsed,
-            "allowed": allowed,
-            "at": time.time(),
-        }
-    )
-
-
-def read_reason(written: bytes | None, generation: int, world_size: int) -> BarrierError:
-    """The error that says what ``write_reason`` wrote; or that there is nothing, for None."""
-    if written is None:
-        return BarrierError(
-            f"barrier {generation} was broken by a rank that died before it said why",
-            phase="arrival",
-            generation=generation,
-        )
-    try:
-        broken = json.loads(written)
-        by, missing, at = int(broken["by"]), list(map(int, broken["missing"])), broken["at"]
-        elapsed, allowed = float(broken["elapsed"]), float(broken["allowed"])
-        when = time.strftime("%H:%M:%S", time.localtime(at))
-        return BarrierError(
-            f"barrier {generation} was broken in arrival by rank {by} at {when}, after "
-            f"{elapsed:.2f} of {round(allowed, 2):g} s, because {broken['reason']}; "
-            f"missing: {name_ranks(missing)} of {world_size}",
-            phase="arrival",
-            missing=missing,
-            elapsed=elapsed,
-            allowed=allowed,
-            broken_by=by,
-            generation=generation,
-        )
-    except (ValueError, TypeError, KeyError, OverflowError, OSError, RecursionError):
-        return BarrierError(
-            f"barrier {generation} was broken for a reason that no rank of refdist writes: "
-            f"{written[:80]!r}",
-            phase="arrival",
-            generation=generation,
-        )
-
-
-def sign(
-    generation: int, rank: int, value: bytes, seals: NoSeals = NO_SEALS, key: str = ""
-) -> bytes:
-    """What a rank appends to the roll: that it has arrived, and what it brings to a gather.
-
-    Args:
-        generation: of the barrier.
-        rank: who signs.
-        value: what it brings; empty to a barrier.
-        seals: of the group.
-        key: of the roll.
-    """
-    signature = _SIGNATURE.pack(generation, rank, len(value)) + value
-    return signature + seals.tag(key, signature)
-
-
-def signed_by(roll: bytes, generation: int, seals: NoSeals = NO_SEALS, key: str = "") -> set[int]:
-    """The ranks that have signed a roll, as far as it can be read and its tags are right."""
-    values, _ = _parse(roll, generation, seals, key)
-    return set(values)
-
-
-def read_roll(
-    roll: bytes, generation: int, world_size: int, seals: NoSeals = NO_SEALS, key: str = ""
-) -> list[bytes]:
-    """The values of all ranks, in rank order.
-
-    Raises:
-        AuthenticationError: there is something that no rank of this group has signed.
-        MessageError: not every rank brought a value, or there is something else.
-    """
-    values, rest = _parse(roll, generation, seals, key)
-    if rest and seals.tag_bytes:
-        raise AuthenticationError(
-            f"{key}: the last {len(rest)} bytes on the roll of gather {generation} carry no right "
-            f"tag: forged, altered, cut off, or copied from another round or group; they were not "
-            f"looked at"
-        )
-    if rest or any(rank >= world_size for rank in values):
-        raise MessageError(
-            f"gather {generation}: the roll ends in {roll[-40:]!r}, which no rank of refdist writes"
-        )
-    missing = [rank for rank in range(world_size) if not values.get(rank)]
-    if missing:
-        raise MessageError(
-            f"gather {generation}: {name_ranks(missing)} brought nothing; did another rank call "
-            f"barrier meanwhile?"
-        )
-    return [values[rank] for rank in range(world_size)]
-
-
-def _parse(
-    roll: bytes, generation: int, seals: NoSeals, key: str
-) -> tuple[dict[int, bytes], bytes]:
-    """The value of each rank, and what comes after the last signature that makes sense."""
-    values: dict[int, bytes] = {}
-    offset = 0
-    while offset + _SIGNATURE.size <= len(roll):
-        number, rank, length = _SIGNATURE.unpack_from(roll, offset)
-        start = offset + _SIGNATURE.size
-        end = start + length
-        after = end + seals.tag_bytes
-        if number != generation or rank in values or after > len(roll):
-            break
-        if not seals.fits(roll[end:after], key, roll[offset:end]):
-            break
-        values[rank] = roll[start:end]
-        offset = after
-    return values, roll[offset:]
+    def proposal(self, roll: Roll, rank: int, world_size: int) -> bytes:
+        """The outcome that a rank proposes that has read this roll."""
+        if self.interrupt is not None:
+            return AGAIN
+        missing, waited = roll.missing(world_size), self.deadline
+        if not missing:
+            return COMPLETE
+        over = waited.remaining() == 0
+        why = "its time was up" if over else "the count says that all have arrived"
+        return outcome_of(rank, why, missing, waited.elapsed(), waited.allowed)

@@ -1,1 +1,1 @@
-"""What is timed, apart from how it is drawn."""
+"""The measurements, without their figures."""

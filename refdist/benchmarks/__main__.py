@@ -1,4 +1,4 @@
-"""``python -m refdist.benchmarks NAME``: run a benchmark and print what it measured."""
+"""``python -m refdist.benchmarks NAME``: run a benchmark and print its results."""
 
 import argparse
 import json
@@ -219,7 +219,7 @@ def _print_json(timings: Sequence[ControlTiming]) -> None:
 
 
 def _print_table(timings: Sequence[ControlTiming]) -> None:
-    """For each operation, the time of refdist, and how many times as long the others took."""
+    """Print refdist's time of each operation, and the others' times with their ratios to it."""
     for operation in dict.fromkeys(timing.operation for timing in timings):
         some = [timing for timing in timings if timing.operation == operation]
         ours = next(timing for timing in some if timing.implementation == "refdist")

@@ -1,4 +1,4 @@
-"""The time of all-reduce on a group, for messages of many sizes, in each way that there is."""
+"""The time of all-reduce on a group, for messages of many sizes, in each possible way."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ SIZES = tuple(2**power for power in range(10, 27, 2))
 GPU_SIZES = tuple(2**power for power in range(10, 33, 2))
 """Message sizes in bytes: 1 KiB to 4 GiB."""
 
-# small messages are sent many times in a run, so that the clock's error fades
+# small messages are sent many times in a run, so that the clock's error is small
 _BYTES_A_RUN = {"cpu": 2**24, "cuda": 2**32}
 _FEWEST_CALLS = {"cpu": 1, "cuda": 5}
 _MOST_CALLS = {"cpu": 50, "cuda": 200}
@@ -27,18 +27,18 @@ _ELEMENTS_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class AllReduceTiming:
-    """One message size, in one way.
+    """The timing of one message size in one way.
 
     Attributes:
         num_bytes: size of the tensor on each rank.
         world_size: number of ranks.
-        seconds: time of one all-reduce: of the slowest rank, the median over the runs.
-        fastest: the same of the fastest run.
-        slowest: the same of the slowest run.
-        dtype: of the elements.
-        way: how it was done; a key of ``ways.WAYS``.
-        launch_seconds: how long the host took to launch one, the median over the runs. Where it
-            is about as much as ``seconds``, the GPU waits for the host. On a CPU it is the same.
+        seconds: time of one all-reduce on the slowest rank, the median over the runs.
+        fastest: the same for the fastest run.
+        slowest: the same for the slowest run.
+        dtype: type of the elements.
+        way: a key of ``ways.WAYS``.
+        launch_seconds: time of the host to launch one, the median over the runs. If it is about
+            as long as ``seconds``, the GPU waits for the host. On a CPU, both are equal.
     """
 
     num_bytes: int
@@ -59,7 +59,7 @@ class AllReduceTiming:
     def bus_bandwidth(self) -> float:
         """Bytes that each rank must send in a second, at least: 2 (n - 1) / n of the tensor.
 
-        It compares with the speed of a link, whatever the number of ranks.
+        It can be compared with the speed of a link, for any number of ranks.
         """
         return self.algorithm_bandwidth * 2 * (self.world_size - 1) / self.world_size
 
@@ -79,22 +79,22 @@ def time_all_reduce(
 ) -> list[AllReduceTiming]:
     """Time the sum over the ranks of a group. Every rank calls this at the same time.
 
-    For each size and way the result is verified first, exactly. Then come ``runs`` runs of many
-    all-reduces each, and before them one that is not counted. On a GPU, a run is timed by CUDA
-    events. Sizes for which some rank lacks the memory are left out.
+    For each size and way, the result is first verified exactly. Then one run is not counted, and
+    ``runs`` more are timed. Each run has many all-reduces. On a GPU, CUDA events time a run. Sizes
+    for which a rank lacks the memory are left out.
 
     Args:
         group: a gloo or NCCL group. For symmetric memory it must be registered under a name that
             no earlier group of the process had.
-        device: where this rank's tensors are; for NCCL its own GPU, which is the current one.
+        device: device of this rank's tensors; for NCCL its own GPU, which is the current one.
         sizes: bytes of the tensor on each rank, each a multiple of the dtype's size.
-        dtype: of the elements; a float type.
+        dtype: type of the elements; a float type.
         runs: timed runs for each size, at least 1.
-        ways: keys of ``ways.WAYS``; None for all that are possible here. What is not possible for
-            a size is left out, with a warning where symmetric memory is lacking.
+        ways: keys of ``ways.WAYS``; None for all that are possible here. A way that is impossible
+            for a size is left out, with a warning if symmetric memory is missing.
 
     Returns:
-        The same on every rank, by size and then by way.
+        The timings, the same on every rank, by size and then by way.
 
     Raises:
         ValueError: a size is no multiple of the dtype's size, ``runs`` is below 1, or a way is
@@ -122,7 +122,7 @@ def time_all_reduce(
 
 
 def _largest(group: ProcessGroup, device: torch.device) -> float:
-    """The largest message for which every rank has memory, with as much to spare for the rest."""
+    """The largest message for which every rank has memory, with 2 GiB to spare for the rest."""
     if device.type != "cuda":
         return float("inf")
     free = torch.tensor(float(torch.cuda.mem_get_info(device)[0]), device=device)
@@ -144,7 +144,7 @@ def _time(group: ProcessGroup, prepared: Prepared, way: str, runs: int) -> AllRe
             _meet(group, prepared.tensor.device)
             times.append(clock(launch))
     counted = torch.tensor(times[1:], dtype=torch.float64, device=prepared.tensor.device) / calls
-    # an all-reduce is done when its last rank is
+    # an all-reduce is done when its last rank is done
     dist.all_reduce(counted, dist.ReduceOp.MAX, group=group)
     seconds, launches = counted.t().tolist()
     return AllReduceTiming(
@@ -163,10 +163,10 @@ def _meet(group: ProcessGroup, device: torch.device) -> None:
 def _verify(
     prepared: Prepared, group: ProcessGroup, launch: Callable[[], None], way: str = "plain"
 ) -> None:
-    """Count, in each element, the ranks that are 0 modulo 3 when its index is added; compare.
+    """Verify a sum: each element counts the ranks whose rank plus its index is 0 modulo 3.
 
     The sums are whole numbers up to the number of ranks: exact for bfloat16 up to 256 ranks.
-    Every rank learns whether another one found a sum to be wrong.
+    Every rank learns whether another one found a wrong sum.
     """
     n, tensor, result = group.size(), prepared.tensor, prepared.result
     by_remainder = [sum((i + rank) % 3 == 0 for rank in range(n)) for i in range(3)]
@@ -202,7 +202,7 @@ def _time_on_cpu(launch: Callable[[], None]) -> tuple[float, float]:
 
 
 def _time_on_gpu(launch: Callable[[], None]) -> tuple[float, float]:
-    """The seconds between two events on the GPU, and those that the host took in between."""
+    """The seconds between two events on the GPU, and the host's seconds in between."""
     events: Any = torch.cuda.Event  # has no annotations
     start, end = events(enable_timing=True), events(enable_timing=True)
     start.record()

@@ -1,30 +1,32 @@
-"""The requests of a barrier without the barrier: what no Python around them can undercut.
+"""The requests of a barrier alone: a lower bound for any Python code around them.
 
-``refdist.barrier`` arrives, confirms and departs, and signs a roll and resets keys besides. Here
-the same requests go to the store with nothing between them: no deadline, no outcome, no names. Step
-by step, each with those before, they show what each part of the protocol costs.
+``refdist.barrier`` arrives, confirms and departs. It also signs a roll and resets keys. Here the
+same requests go to the store with nothing between them: no deadline, no outcome, no names. Each
+step includes the steps before it, so the steps show the cost of each part of the protocol.
 """
 
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from refdist.barrier.roll import ENTRY
+
 STEPS = ("arrive", "confirm", "depart", "sign", "reset")
 """``arrive`` alone is ``Store.barrier``."""
 
 _MINUTES = timedelta(minutes=5)
-_SIGNATURE = "." * 16  # as long as one of refdist
-_OPEN = 1 << 30  # more than all add to a gate
+_SIGNATURE = "." * ENTRY.size
+_OPEN = 1 << 30  # more than the ranks add to a key that they wait for
 
 
 def bare_barriers(store: Any, rank: int, world_size: int) -> dict[str, Callable[[], None]]:
-    """For each step, a function that does what a barrier asks of the store for it and those before.
+    """For each step, a function that sends a barrier's requests up to this step.
 
-    The name of such a function says what it does, as in "arrive, confirm".
+    The name of such a function lists its steps, as in "arrive, confirm".
 
     Args:
-        store: has ``Store.barrier``.
-        rank: of the caller; rank 0 departs last.
+        store: a store that has ``Store.barrier``.
+        rank: rank of the caller; rank 0 departs last.
         world_size: number of ranks, which all call the same functions in the same order.
     """
     return {
@@ -43,7 +45,7 @@ class _Bare:
         self._number = 0
 
     def __call__(self) -> None:
-        # counts go on from one barrier to the next, so that no step but the last resets anything
+        # counts go on from one barrier to the next, so that only the last step resets keys
         self._number += 1
         everyone = self._number * self._world_size
         store, roll = self._store, f"{self._prefix}roll/{self._number % 3}"
@@ -51,12 +53,14 @@ class _Bare:
         if "sign" in self._steps:
             store.append(roll, _SIGNATURE)
         store.barrier(arrived, everyone, _MINUTES)
+        if "sign" in self._steps and self._rank != 0:
+            store.append(roll, _SIGNATURE)
         if "confirm" in self._steps:
             last = store.add(state, 1) == everyone
         if "reset" in self._steps and self._rank == 0:
             before = f"{self._prefix}roll/{(self._number - 1) % 3}"
-            store.multi_set(["reset/1", "reset/2"], ["0", "0"])
-            store.multi_set([before, "reset/3", "reset/4"], ["", "0", "0"])
+            others = ["reset/1", "reset/2", "reset/3", "reset/4"]
+            store.multi_set([before, *others], ["", "0", "0", "0", "0"])
         if "depart" not in self._steps:
             return
         opened = self._number * _OPEN

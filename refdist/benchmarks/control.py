@@ -1,8 +1,8 @@
-"""What the control plane costs: barriers and objects, beside others measured in the same run.
+"""The cost of the control plane: barriers and objects, beside others measured in the same run.
 
-The others are vLLM's own ``StatelessProcessGroup`` where ``vllm`` can be imported, gloo's barrier,
-and the bare ``Store.barrier`` of torch where it has one. All are run in turn, several times, by the
-same processes, so that what disturbs the machine disturbs all alike.
+The others are vLLM's own ``StatelessProcessGroup`` if ``vllm`` can be imported, gloo's barrier, and
+torch's bare ``Store.barrier`` if it has one. The same processes run all of them in turn, several
+times, so that a disturbance of the machine affects all alike.
 """
 
 import threading
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from refdist.barrier import Barrier
+from refdist.barrier import barrier_of
 from refdist.benchmarks.bare import bare_barriers
 from refdist.benchmarks.launch import LOCAL, place, run_ranks
 from refdist.group import StatelessProcessGroup
@@ -32,7 +32,7 @@ WORLD_SIZES = (2, 4, 8, 16, 32)
 MANY_RANKS = (32, 64, 128, 256, 400)
 LARGE_BYTES = 64 * 2**20
 BARE = "bare: "
-"""So begin the names of what asks the same of the store as refdist's barrier, without the rest."""
+"""The name prefix of implementations that only send the requests of refdist's barrier."""
 
 _MINUTES = timedelta(minutes=5)
 _MANY_PROCESSES = 4
@@ -40,14 +40,14 @@ _MANY_PROCESSES = 4
 
 @dataclass(frozen=True)
 class ControlTiming:
-    """One operation of one implementation.
+    """The timing of one operation of one implementation.
 
     Attributes:
-        operation: what was done, such as ``"barrier"``.
-        implementation: who did it: ``"refdist"`` or one of its peers.
+        operation: name of the operation, such as ``"barrier"``.
+        implementation: ``"refdist"`` or one of its peers.
         world_size: number of ranks.
-        seconds: time of one operation, the median over the repeats. In each repeat it is done
-            many times in a row, and the slowest rank counts.
+        seconds: time of one operation, the median over the repeats. Each repeat does it many
+            times in a row, and the slowest rank counts.
     """
 
     operation: str
@@ -63,8 +63,8 @@ def time_control(
 
     Args:
         world_sizes: numbers of ranks, each a process of this machine.
-        repeats: how many times everything is done in turn.
-        target_seconds: how long one implementation's part of a repeat takes, roughly.
+        repeats: number of times that everything runs in turn.
+        target_seconds: rough time of one implementation's part of a repeat.
     """
     timings = []
     for world_size in world_sizes:
@@ -77,10 +77,11 @@ def time_control(
 
 
 def time_many_ranks(ranks: Sequence[int] = MANY_RANKS, repeats: int = 9) -> list[ControlTiming]:
-    """Time one barrier of many ranks, and the four bare requests that any barrier is made of.
+    """Time one barrier of many ranks, and the four bare requests of any barrier.
 
     The ranks are threads of a few processes, each with its own connection to the store. The bare
-    requests are ``set``, ``add``, ``wait`` and ``set``; the last to add writes what all wait for.
+    requests are ``set``, ``add``, ``wait`` and ``set``. The last rank to add sets the key that all
+    wait for.
     """
     timings = []
     for count in ranks:
@@ -93,7 +94,7 @@ def time_many_ranks(ranks: Sequence[int] = MANY_RANKS, repeats: int = 9) -> list
 
 
 def exponent(timings: Sequence[ControlTiming]) -> float:
-    """How the time grows with the number of ranks: 1 if in proportion to it."""
+    """The exponent of the time's growth with the number of ranks: 1 if in proportion to it."""
     slope, _ = linear_regression(
         [log(timing.world_size) for timing in timings], [log(timing.seconds) for timing in timings]
     )
@@ -103,19 +104,19 @@ def exponent(timings: Sequence[ControlTiming]) -> float:
 def _time_operations(
     rank: int, world_size: int, board: TCPStore, repeats: int, target_seconds: float
 ) -> dict[tuple[str, str], list[float]]:
-    """On one rank: the seconds of each operation of each implementation, in each repeat."""
+    """The seconds of each operation of each implementation on one rank, in each repeat."""
     times: dict[tuple[str, str], list[float]] = {}
     with _groups(rank, world_size, board) as (group, operations):
         counts: dict[tuple[str, str], int] = {}
         for repeat in range(repeats + 1):
             for name, operation in operations.items():
-                # the first repeat warms up, and tells how many there is time for
+                # the first repeat warms up, and gives the number of calls for the others
                 count = counts.get(name, 1 if name[0].startswith("64 MiB") else 10)
                 group.barrier()
                 start = time.perf_counter()
                 for _ in range(count):
                     operation()
-                # a broadcast from each rank counts as so many
+                # a broadcast from each rank is world_size broadcasts
                 count *= world_size if name[0] == "broadcast_obj" else 1
                 seconds = (time.perf_counter() - start) / count
                 if repeat > 0:
@@ -130,14 +131,14 @@ def _time_operations(
 def _groups(
     rank: int, world_size: int, board: TCPStore
 ) -> Iterator[tuple[StatelessProcessGroup, dict[tuple[str, str], Callable[[], object]]]]:
-    """A group of refdist, and what is timed, by operation and implementation."""
+    """A group of refdist, and the timed functions, by operation and implementation."""
 
     def connect(name: str, create: Callable[..., Any]) -> Any:
         with place(rank, board, name) as (port, listener):
             return create(LOCAL, port, rank, world_size, listen_socket=listener)
 
     group = connect("refdist", StatelessProcessGroup.create)
-    alone = Barrier(StoreClient(_store(rank, world_size, board, "alone")), rank, world_size)
+    alone = barrier_of(StoreClient(_store(rank, world_size, board, "alone")), rank, world_size)
     gloo = connect("gloo", partial(stateless_init_torch_distributed_process_group, backend="gloo"))
     operations: dict[tuple[str, str], Callable[[], object]] = {
         ("barrier", "refdist"): group.barrier,
@@ -169,13 +170,13 @@ def _groups(
 
 
 def _broadcast_from_each(group: Any, obj: Any) -> None:
-    """One broadcast from each rank, so that nobody runs ahead; timed as one operation."""
+    """Broadcast from each rank in turn, so that no rank runs ahead; timed as one operation."""
     for source in range(group.world_size):
         group.broadcast_obj(obj, source)
 
 
 def ping_pong(group: Any, obj: Any) -> None:
-    """From rank 0 to rank 1 and back."""
+    """Send an object from rank 0 to rank 1 and back."""
     if group.rank == 0:
         group.send_obj(obj, 1)
         group.recv_obj(1)
@@ -185,7 +186,7 @@ def ping_pong(group: Any, obj: Any) -> None:
 
 
 def broadcast_and_wait(group: Any, obj: Any) -> None:
-    """A broadcast from rank 0, until rank 1 has it."""
+    """Broadcast from rank 0, and wait until rank 1 has the object."""
     group.broadcast_obj(obj, 0)
     if group.rank == 1:
         group.send_obj(None, 0)
@@ -212,15 +213,16 @@ def _store(rank: int, world_size: int, board: TCPStore, name: str) -> TCPStore:
 def _time_threads(
     process: int, processes: int, board: TCPStore, ranks: int, repeats: int
 ) -> dict[str, list[float]]:
-    """On one process: the seconds from its start until its threads have passed one barrier."""
+    """The seconds of one process from the start of a barrier until its threads have passed."""
     mine = range(process, ranks, processes)
-    together = Barrier(
+    together = barrier_of(
         StoreClient(_store(process, processes, board, "processes")), process, processes
     )
     store = _store(process, processes, board, f"threads/{ranks}")
     stores = [store, *(create_tcp_store(LOCAL, store.port, timeout=_MINUTES) for _ in mine[1:])]
     barriers = [
-        Barrier(StoreClient(store), rank, ranks) for store, rank in zip(stores, mine, strict=True)
+        barrier_of(StoreClient(store), rank, ranks)
+        for store, rank in zip(stores, mine, strict=True)
     ]
 
     def bare(index: int, turn: int) -> None:
@@ -236,17 +238,17 @@ def _time_threads(
 
     steps = {"refdist": barrier, "set, add, wait, set": bare}
     turns = [(name, turn) for turn in range(repeats + 1) for name in steps]
-    # the threads and this one, before and after each turn
-    gate = threading.Barrier(len(mine) + 1, timeout=60)
+    # the threads and this one meet before and after each turn
+    turnstile = threading.Barrier(len(mine) + 1, timeout=60)
 
     def run(index: int) -> None:
         try:
             for name, turn in turns:
-                gate.wait()
+                turnstile.wait()
                 steps[name](index, turn)
-                gate.wait()
+                turnstile.wait()
         except BaseException:
-            gate.abort()
+            turnstile.abort()
             raise
 
     for index in range(len(mine)):
@@ -255,8 +257,8 @@ def _time_threads(
     for name, turn in turns:
         together.wait(60)
         start = time.perf_counter()
-        gate.wait()
-        gate.wait()
+        turnstile.wait()
+        turnstile.wait()
         # the first turn warms up
         if turn > 0:
             times.setdefault(name, []).append(time.perf_counter() - start)

@@ -30,10 +30,10 @@ _TIMEOUT = timedelta(minutes=3)
 
 @dataclass(frozen=True)
 class Plan:
-    """What to time. None stands for what suits the machine.
+    """The settings of a run. None stands for a value that suits the machine.
 
     Attributes:
-        world_size: number of ranks; under torchrun its own.
+        world_size: number of ranks; under torchrun, torchrun's number.
         backend: ``"gloo"`` or ``"nccl"``.
         sizes: message sizes in bytes.
         dtypes: keys of ``DTYPES``.
@@ -50,7 +50,7 @@ class Plan:
 
 
 def run_all_reduce(plan: Plan) -> tuple[list[AllReduceTiming], dict[str, str]] | None:
-    """Time all-reduce on own ranks or on those of torchrun.
+    """Time all-reduce on ranks of this program or of torchrun.
 
     Returns:
         The timings and the machine of rank 0; None under torchrun on the other ranks.
@@ -76,7 +76,7 @@ def _time_as_rank(
     backend = plan.backend or choose_backend(local_size)
     group, device = form_group(rank, world_size, board, host, backend)
     sizes = plan.sizes or (GPU_SIZES if device.type == "cuda" else SIZES)
-    # named, so that it is said why one is lacking
+    # named ways, so that a warning says why one is missing
     ways = plan.ways or (list(WAYS) if device.type == "cuda" else None)
     timings = []
     for name in plan.dtypes:

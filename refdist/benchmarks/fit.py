@@ -1,4 +1,4 @@
-"""The line through timings: a latency for each message, and a time for each byte."""
+"""A line through timings: a latency for each message, and a time for each byte."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Line:
     Attributes:
         alpha: seconds that every message takes: the latency.
         beta: seconds that every byte takes: the inverse of a bandwidth.
-        error: how far the measured times are from the line, as a part of the times: the root of
+        error: distance of the measured times from the line, as a part of the times: the root of
             the mean square.
     """
 
@@ -23,7 +23,7 @@ class Line:
     error: float
 
     def seconds(self, num_bytes: float) -> float:
-        """What the line says about a message."""
+        """The line's time for a message."""
         return self.alpha + self.beta * num_bytes
 
     @property
@@ -35,7 +35,7 @@ class Line:
 def fit_line(timings: Sequence[AllReduceTiming]) -> Line:
     """The line with the least squared errors, each measured as a part of the time.
 
-    Errors in seconds would make the largest messages alone decide.
+    With errors in seconds, only the largest messages would count.
 
     Raises:
         ValueError: there are fewer than two sizes.

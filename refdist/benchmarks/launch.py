@@ -1,4 +1,4 @@
-"""Ranks for a benchmark: processes of this machine that it starts itself, or those of torchrun."""
+"""Ranks for a benchmark: its own processes on this machine, or torchrun's."""
 
 import multiprocessing
 import os
@@ -26,12 +26,12 @@ def under_torchrun() -> bool:
 
 
 def run_as_rank(function: Callable[..., Any], *arguments: Any) -> tuple[int, Any]:
-    """Call ``function(rank, world_size, board, *arguments)`` as the rank that torchrun says.
+    """Call ``function(rank, world_size, board, *arguments)`` as the rank that torchrun assigns.
 
     The board is torchrun's own store, below a prefix.
 
     Returns:
-        The rank, and what the function returned.
+        The rank, and the function's result.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -65,20 +65,20 @@ def run_ranks(
     """Call ``function(rank, world_size, board, *arguments)`` on ``world_size`` processes.
 
     Args:
-        function: of a module, so that the processes find it. ``board`` is a TCPStore that all
-            share, on which they can tell each other ports.
+        function: function of a module, so that the processes find it. ``board`` is a TCPStore
+            that all share, for example to tell each other ports.
         world_size: the number of processes.
-        arguments: what else it gets.
-        seconds: how long the whole may take.
+        arguments: its further arguments.
+        seconds: time limit of the whole.
 
     Returns:
-        What each returned, in rank order.
+        The result of each process, in rank order.
 
     Raises:
         RuntimeError: a rank raised, died or did not end in time; the text has its traceback.
     """
     board = create_tcp_store(LOCAL, 0, is_master=True, timeout=_DEADLINE)
-    # forked from a process that has imported torch: tens of milliseconds, not seconds
+    # a fork of a process that has imported torch takes tens of milliseconds, not seconds
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     processes, pipes = [], []

@@ -1,8 +1,8 @@
 """A real pipeline of a small transformer, and the time of each of its stages.
 
 Each rank of a group is one stage. Activations travel between the stages through a
-StatelessProcessGroup. Its store is made for control messages: fine for a quarter of a megabyte, and
-not how an engine does it.
+StatelessProcessGroup. Its store is made for control messages. That is enough for a quarter of a
+megabyte, but an engine works differently.
 """
 
 import os
@@ -35,18 +35,18 @@ SCORING = Serving(
 
 @dataclass(frozen=True)
 class StageTiming:
-    """What one stage measured.
+    """The measurements of one stage.
 
     Attributes:
         rank: the stage.
-        layers: those that it holds.
-        seconds: of processor time for a micro-batch while no other stage works, the median of the
-            runs. It is what the work takes on a core of its own, whatever else the machine does.
-        fastest: the same of the fastest run.
-        slowest: the same of the slowest run.
-        transfer_seconds: from when a micro-batch was sent to it until it was there, the median; 0
-            on the first stage.
-        busy: when it began and ended each micro-batch of the full pipeline, in seconds of
+        layers: its layers.
+        seconds: processor time of a micro-batch while no other stage works, the median of the
+            runs. It is the time on a core of its own, whatever else the machine does.
+        fastest: the same for the fastest run.
+        slowest: the same for the slowest run.
+        transfer_seconds: time from sending a micro-batch to its arrival, the median; 0 on the
+            first stage.
+        busy: start and end of each micro-batch of the full pipeline, in seconds of
             ``time.monotonic``.
     """
 
@@ -77,19 +77,19 @@ def time_pipeline(
 ) -> tuple[StageTiming, torch.Tensor | None]:
     """Run a pipeline with one stage on each rank of a group. Every rank calls this.
 
-    First ``runs`` micro-batches pass one after the other, so that only one stage works at a time;
-    one before them is not counted. Then ``micro_batches`` pass as fast as they can.
+    First, ``runs`` micro-batches pass one after the other, so that only one stage works at a time.
+    One before them is not counted. Then ``micro_batches`` pass as fast as they can.
 
     Args:
-        model: what is cut; see ``Stage``.
+        model: the model to cut; see ``Stage``.
         stages: the layers of each stage, one stage for each rank.
-        group: carries the activations.
-        serving: says how many tokens a micro-batch has.
+        group: the group that carries the activations.
+        serving: gives the number of tokens of a micro-batch.
         runs: timed runs of each stage by itself, at least 1.
-        micro_batches: in the full pipeline, at least 1.
+        micro_batches: micro-batches in the full pipeline, at least 1.
 
     Returns:
-        The timing of this rank's stage, and on the last rank the logits of micro-batch 0.
+        The timing of this rank's stage, and on the last rank also the logits of micro-batch 0.
 
     Raises:
         ValueError: there are not as many stages as ranks, or ``runs`` or ``micro_batches`` is
@@ -132,10 +132,10 @@ def time_pipeline(
 
 
 def measure_processor(model: Model = SMALL, serving: Serving = SCORING) -> Device:
-    """One core of this machine as the roofline sees it: what it reaches, not what it is sold for.
+    """One core of this machine for the roofline, with measured instead of nominal numbers.
 
-    The peak is that of the largest matrix product of a layer, the bandwidth that of a sum over a
-    tensor that no cache holds.
+    The peak is the rate of the largest matrix product of a layer. The bandwidth is the rate of a
+    sum over a tensor that no cache holds.
     """
     x = torch.ones(serving.chunk_tokens, model.hidden_size)
     weight = torch.ones(model.intermediate_size, model.hidden_size)
@@ -154,10 +154,10 @@ def measure_processor(model: Model = SMALL, serving: Serving = SCORING) -> Devic
 
 
 def pipeline_seconds(stage_seconds: Sequence[float], micro_batches: int, processors: int) -> float:
-    """Time of the full pipeline where the stages share the cores of a machine.
+    """Time of the full pipeline if the stages share the cores of a machine.
 
-    With fewer cores than stages not all of them work at a time, and the cores together still have
-    all the work to do.
+    With fewer cores than stages, not all stages work at a time, and the cores still have all the
+    work to do.
     """
     shared = micro_batches * sum(stage_seconds) / min(processors, len(stage_seconds))
     return max(batch_seconds(stage_seconds, micro_batches), shared)
@@ -174,7 +174,7 @@ def _fastest(operation: Callable[[], object], runs: int = 20) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Several stages share a machine, and each is to be one core's work."""
+    """Limit torch to one thread: several stages share a machine, and each has one core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

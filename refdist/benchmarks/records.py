@@ -1,4 +1,4 @@
-"""What a measurement is of: the machine, its links and versions; and files of measurements."""
+"""Records of measurements: the machine, its links and versions; and their files."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _NVLINK_BYTES = {"H100": 25e9, "H200": 25e9, "A100": 25e9, "B200": 50e9}
 
 
 def describe_machine() -> dict[str, str]:
-    """The device, its links, the versions, and the date of today."""
+    """The device, its links, the versions, and today's date."""
     machine = {
         "device": _processor(),
         "links": "loopback",
@@ -49,10 +49,10 @@ def describe_machine() -> dict[str, str]:
 
 
 def link_bandwidth(machine: dict[str, str]) -> float | None:
-    """Bytes a second that a GPU's links carry each way by the data sheet; None if not known.
+    """Bytes a second that a GPU's links carry each way by the data sheet; None if unknown.
 
     Args:
-        machine: as from ``describe_machine``; ``"links"`` is such as ``"NV18"``, 18 NVLinks.
+        machine: from ``describe_machine``; its ``"links"`` are ``"NV18"`` for 18 NVLinks.
     """
     links = machine["links"].removeprefix("NV")
     per_link = [rate for name, rate in _NVLINK_BYTES.items() if name in machine["device"]]
@@ -60,7 +60,7 @@ def link_bandwidth(machine: dict[str, str]) -> float | None:
 
 
 def to_record(timing: AllReduceTiming, machine: dict[str, str]) -> dict[str, Any]:
-    """What one line of JSON holds: the timing, both bandwidths, and the machine."""
+    """The content of one JSON line: the timing, both bandwidths, and the machine."""
     bandwidths = {
         "algorithm_bandwidth": timing.algorithm_bandwidth,
         "bus_bandwidth": timing.bus_bandwidth,
@@ -69,7 +69,7 @@ def to_record(timing: AllReduceTiming, machine: dict[str, str]) -> dict[str, Any
 
 
 def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write records to the end of a file, one JSON object a line."""
+    """Append records to a file, one JSON object a line."""
     with path.open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -78,7 +78,7 @@ def read_timings(path: Path) -> tuple[list[AllReduceTiming], dict[str, str]]:
     """The timings of all-reduce in a file that the benchmark wrote, and their machine.
 
     Raises:
-        ValueError: the file has none, or is of several machines, versions, settings or dates.
+        ValueError: the file has no timings, or several machines, versions, settings or dates.
     """
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records = [record for record in records if record["benchmark"] == "allreduce"]
@@ -92,7 +92,7 @@ def read_timings(path: Path) -> tuple[list[AllReduceTiming], dict[str, str]]:
 
 
 def _gpu_links(topology: str) -> str:
-    """How GPU 0 and 1 are linked, from ``nvidia-smi topo -m``: ``NV18`` is 18 NVLinks."""
+    """The link between GPU 0 and 1, from ``nvidia-smi topo -m``: ``NV18`` is 18 NVLinks."""
     for line in topology.splitlines():
         cells = line.split()
         if cells[:2] == ["GPU0", "X"] and len(cells) > 2:
@@ -111,7 +111,7 @@ def _ask_nvidia_smi(*arguments: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name, as Linux has it."""
+    """The processor's name, as Linux gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a secret costs: two groups of the same ranks, one with a secret and one without, in turn."""
+"""The cost of a secret: two groups of the same ranks, with a secret and without, in turn."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,15 +22,15 @@ _CALLS = 100
 
 @dataclass(frozen=True)
 class SecretTiming:
-    """One operation.
+    """The timing of one operation.
 
     Attributes:
-        operation: what was done, such as ``"barrier"``.
+        operation: name of the operation, such as ``"barrier"``.
         world_size: number of ranks.
-        seconds: time of one with a secret: of the slowest rank, the median over the repeats.
+        seconds: time of one with a secret on the slowest rank, the median over the repeats.
         plain_seconds: the same without.
-        ratio: how many times as long it takes with a secret, the median over the repeats.
-        num_bytes: size of the object, where that is large; else 0.
+        ratio: time with a secret over time without, the median over the repeats.
+        num_bytes: size of a large object; else 0.
     """
 
     operation: str
@@ -42,7 +42,7 @@ class SecretTiming:
 
     @property
     def nanoseconds_per_byte(self) -> float:
-        """What a byte of a large object takes longer."""
+        """The extra time for each byte of a large object."""
         return (self.seconds - self.plain_seconds) * 1e9 / self.num_bytes
 
 
@@ -53,8 +53,8 @@ def time_secret(
 
     Args:
         world_sizes: numbers of ranks, each a process of this machine.
-        repeats: how many times everything is done in turn.
-        calls: how many times in a row; the broadcast, once.
+        repeats: number of times that everything runs in turn.
+        calls: number of calls in a row; the broadcast runs once.
     """
     timings = []
     for world_size in world_sizes:
@@ -90,7 +90,7 @@ def _time_as_rank(
         for repeat in range(repeats + 1):
             for name in operations[0]:
                 count = 1 if name.startswith("64 MiB") else calls
-                # who comes second is not always the same
+                # neither group is always second
                 for number in (0, 1) if repeat % 2 else (1, 0):
                     groups[0].barrier()
                     start = time.perf_counter()

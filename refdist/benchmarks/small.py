@@ -1,6 +1,6 @@
 """The sum of small CPU tensors: ``cpu_all_reduce_`` beside ``torch.distributed.all_reduce``.
 
-Both work on the same group, in turn, so that what disturbs the machine disturbs both alike.
+Both work on the same group, in turn, so that a disturbance of the machine affects both alike.
 """
 
 import time
@@ -26,14 +26,14 @@ _CALLS = 40
 
 @dataclass(frozen=True)
 class SmallSumTiming:
-    """One message size on one number of ranks.
+    """The timing of one message size on one number of ranks.
 
     Attributes:
         num_bytes: size of the tensor on each rank.
         world_size: number of ranks.
-        seconds: time of one ``cpu_all_reduce_``: of the slowest rank, the median over the repeats.
-        gloo_seconds: the same of ``torch.distributed.all_reduce``.
-        ratio: how many times as long gloo's takes, the median over the repeats.
+        seconds: time of one ``cpu_all_reduce_`` on the slowest rank, the median over the repeats.
+        gloo_seconds: the same for ``torch.distributed.all_reduce``.
+        ratio: gloo's time over ``cpu_all_reduce_``'s, the median over the repeats.
     """
 
     num_bytes: int
@@ -66,7 +66,7 @@ def time_small_sums(
 def _time_as_rank(
     rank: int, world_size: int, board: Store, sizes: Sequence[int], repeats: int
 ) -> dict[tuple[int, int], list[float]]:
-    """The seconds of each size, of ours (0) and of gloo's (1), in each repeat."""
+    """The seconds of each size, for ours (0) and gloo's (1), in each repeat."""
     group, _ = form_group(rank, world_size, board, LOCAL, "gloo")
     times: dict[tuple[int, int], list[float]] = {}
     for num_bytes in sizes:

@@ -1,9 +1,8 @@
 """A small transformer that can be cut into stages.
 
 The layers are torch's, shaped like Llama's: RMS norms, grouped-query attention with rotary
-positions, a gated feed-forward part. A stage is built by the rank that runs it and holds its own
-layers only. The parameters of a layer are drawn from its number, so that the model is the same
-however it is cut.
+positions, a gated feed-forward part. The rank that runs a stage builds it, with its own layers
+only. The parameters of a layer are drawn from its number, so the model is the same for every cut.
 """
 
 import torch
@@ -34,7 +33,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(inside, hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Attention and feed-forward part, each added to what it was given."""
+        """Attention and feed-forward part, each added to its input."""
         x = x + self.output(self._attend(self.attention_norm(x)))
         y = self.feed_forward_norm(x)
         added: torch.Tensor = self.down(functional.silu(self.gate(y)) * self.up(y))
@@ -59,7 +58,7 @@ class Layer(nn.Module):
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of elements of a head by an angle that grows with its token's position."""
+    """Rotate each pair of elements of a head by an angle that grows with its token's position."""
     tokens, half = x.shape[-2], x.shape[-1] // 2
     frequencies = 10000.0 ** (-torch.arange(half) / half)
     angles = torch.arange(tokens)[:, None] * frequencies
@@ -69,14 +68,14 @@ def _rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 class Stage(nn.Module):
-    """Layers of a model in a row; before the first of all the embedding, after the last the head.
+    """Consecutive layers of a model; the first stage also has the embedding, the last the head.
 
     Maps token ids ``[sequences, tokens]`` or activations ``[sequences, tokens, hidden_size]`` to
     activations or, with the head, to logits ``[sequences, tokens, vocab_size]``.
 
     Args:
-        model: its sizes; without experts, and with grouped-query attention.
-        layers: those that this stage holds.
+        model: sizes of the model, which has grouped-query attention and no experts.
+        layers: layers of this stage.
         first: whether it holds the embedding.
         last: whether it holds the final norm and the head.
     """
@@ -94,7 +93,7 @@ class Stage(nn.Module):
                 _draw(part, seed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pass a micro-batch through."""
+        """Pass a micro-batch through the stage."""
         if self.embedding is not None:
             x = self.embedding(x)
         for layer in self.layers:

@@ -22,7 +22,7 @@ WAYS = {
 }
 
 SMALL_BYTES = 2**24
-"""The largest tensor for which ways other than plain calls are offered: launching costs no more."""
+"""The largest tensor with ways other than plain calls. Above it, launch time does not matter."""
 
 WITHOUT_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 """Environment in which neither NCCL nor symmetric memory asks for NVLink multicast."""
@@ -32,12 +32,12 @@ _CALLS_A_GRAPH = 20
 
 @dataclass(frozen=True)
 class Prepared:
-    """A tensor and what sums it.
+    """A tensor and the function that sums it.
 
     Attributes:
-        tensor: what a rank brings.
-        result: where the sum is afterwards; the same tensor where the way is in place.
-        call: does it once. On a GPU it only launches it, on the current stream.
+        tensor: the tensor that a rank brings.
+        result: the tensor with the sum; the same tensor if the way is in place.
+        call: does one sum. On a GPU, it only launches it on the current stream.
     """
 
     tensor: torch.Tensor
@@ -46,17 +46,17 @@ class Prepared:
 
 
 class Workspace:
-    """Memory in which every way can work, taken once for all message sizes.
+    """Memory for every way, allocated once for all message sizes.
 
     Args:
         group: a gloo or NCCL group.
-        device: where this rank's tensors are.
-        dtype: of the elements.
-        num_bytes: the largest message.
-        ways: those that are wanted; None for all that are possible.
+        device: device of this rank's tensors.
+        dtype: type of the elements.
+        num_bytes: size of the largest message.
+        ways: the ways that are wanted; None for all that are possible.
 
-    All ranks of the group create theirs at the same time, and want the same ways. Warns where one
-    is wanted by name that needs symmetric memory, and there is none.
+    All ranks of the group create theirs at the same time, with the same ways. It warns if a way
+    that is wanted by name needs symmetric memory, and there is none.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Workspace:
         return [way for way in possible if way in self._wanted]
 
     def prepare(self, way: str, num_bytes: int) -> Prepared:
-        """A tensor of ``num_bytes`` and what sums it, without the graph."""
+        """A tensor of ``num_bytes`` and the function that sums it, without the graph."""
         count = num_bytes // self._memory.element_size()
         tensor, group = self._memory[:count], self.group
         kernel = way.removesuffix("graph").strip()
@@ -107,9 +107,9 @@ class Workspace:
 
 @contextmanager
 def launching(prepared: Prepared, way: str, calls: int) -> Iterator[Callable[[], None]]:
-    """What launches ``calls`` calls in the given way. A graph is recorded once, and freed after.
+    """A function that launches ``calls`` calls in a way. A graph is recorded once, and freed after.
 
-    NCCL's communicator cannot be destroyed as long as there is a graph that uses it.
+    NCCL's communicator cannot be destroyed while a graph uses it.
     """
     if not way.endswith("graph"):
         yield lambda: _repeat(prepared.call, calls)
@@ -123,7 +123,7 @@ def launching(prepared: Prepared, way: str, calls: int) -> Iterator[Callable[[],
 
 
 def rounded(calls: int) -> int:
-    """The next number of calls that a graph can make, at least 1."""
+    """The number of calls, rounded down to full graphs; unchanged if below one full graph."""
     return calls if calls < _CALLS_A_GRAPH else calls // _CALLS_A_GRAPH * _CALLS_A_GRAPH
 
 
@@ -133,10 +133,10 @@ def _repeat(call: Callable[[], object], times: int) -> None:
 
 
 def _record(call: Callable[[], object], times: int) -> Any:
-    call()  # a kernel that is used for the first time is loaded, which cannot be recorded
+    call()  # the first use of a kernel loads it, which cannot be recorded
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call, unused-ignore]  # in torch 2.6
-    # NCCL's watchdog thread looks at events meanwhile, which concerns the other threads only
+    # NCCL's watchdog thread queries events meanwhile; this mode lets other threads do so
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         _repeat(call, times)
     return graph
@@ -145,7 +145,7 @@ def _record(call: Callable[[], object], times: int) -> Any:
 def _symmetric_memory(
     group: ProcessGroup, device: torch.device, dtype: torch.dtype, count: int
 ) -> tuple[torch.Tensor | None, str]:
-    """Memory that all ranks of the group can read; or None, and why there is none."""
+    """Memory that all ranks of the group can read, or None and the reason."""
     memory, reason = None, ""
     try:
         memory = torch_versions.symmetric_memory(group, device, dtype, count)

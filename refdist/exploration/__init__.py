@@ -1,8 +1,8 @@
-"""Every schedule of a protocol over a store, tried by a machine.
+"""An explorer that tries every schedule of a protocol over a store.
 
-A *protocol* is a function of a store, a rank and the world size, which returns the calls that the
-rank makes, by name. It runs unchanged, over a simulated store that answers as torch's does, under a
-scheduler that owns every step: which rank goes next, whose wait times out, who dies.
+A *protocol* is a function of a store, a rank and the world size. It returns the calls that the rank
+makes, by name. It runs unchanged, over a simulated store that answers as torch's does. A scheduler
+decides every step: which rank goes next, which wait times out, which rank dies.
 
 >>> from refdist.exploration import agreement, explore, replay
 >>> def protocol(store, rank, world_size):
@@ -10,8 +10,8 @@ scheduler that owns every step: which rank goes next, whose wait times out, who 
 ...     return {"barrier": lambda: barrier.wait(1.0)}
 >>> explore(protocol, 2, [agreement], timeouts=1, crashes=1)
 
-*Properties* say what should hold. The shortest schedule after which one does not is the
-*counterexample*: a string, which ``replay`` turns into a timeline.
+A *property* is a condition that should hold. The *counterexample* is the shortest schedule after
+which one does not hold: a string, which ``replay`` turns into a timeline.
 """
 
 from refdist.exploration.properties import (

@@ -1,17 +1,17 @@
 """The states of a protocol on a simulated store, and the steps between them.
 
-A state is what the server remembers, what each rank has been told so far, and who is dead. Whatever
-has led to it, the same can happen next, so schedules that lead to the same state are explored as
-one from there on. That loses nothing.
+A state is the memory of the server, the replies to each rank so far, and the set of dead ranks. The
+possible next steps depend only on the state. So schedules that lead to the same state are explored
+as one from there on, without loss.
 
 Steps
     ``0``: the next request of rank 0 reaches the server. The answer comes at once, or the rank
     waits until another one wakes it. A request without an answer, like ``set``, is a step of the
-    same kind: a connection keeps its order, and nobody can see a request before it takes effect.
-    ``t0``: a wait of rank 0 times out. That may happen before the server ends the wait, or although
-    it does, as with a store that is slow to answer.
-    ``x0``: rank 0 dies. Its next request never reaches the server. The store lives on, as it does
-    when another process hosts it.
+    same kind: a connection keeps its order, and no rank sees a request before it takes effect.
+    ``t0``: a wait of rank 0 times out. This may happen before the server ends the wait, or although
+    the server ends it, as with a store that is slow to answer.
+    ``x0``: rank 0 dies. Its next request never reaches the server. The store lives on, as if
+    another process hosted it.
 """
 
 from collections.abc import Hashable, Iterator
@@ -29,14 +29,14 @@ from refdist.exploration.session import ANSWERED, CLOSED, STALLED, TIMED_OUT, Re
 
 
 class History:
-    """What a rank has been told so far: a node of a tree, whose children add one reply each.
+    """The replies to a rank so far: a node of a tree, whose children add one reply each.
 
     Attributes:
-        calls: of the rank, as far as they have come.
-        request: what it asks next; None at its end.
-        names: of all its calls.
-        reply: the last one.
-        early: how many of its waits timed out while others could go on.
+        calls: the calls of the rank so far.
+        request: its next request; None at its end.
+        names: names of all its calls.
+        reply: the last reply.
+        early: number of its waits that timed out while others could go on.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class History:
         self.calls: tuple[Call, ...] = parent.calls if parent is not None and same else ran.calls
 
     def then(self, reply: Reply) -> "History":
-        """What the rank has been told after one more reply."""
+        """The history with one more reply."""
         child = self._children.get(reply)
         if child is None:
             child = self._children[reply] = History(self._machine, self.rank, self, reply)
@@ -75,7 +75,7 @@ class History:
 
 
 class Memory:
-    """What a server remembers. There is one object for each, so that comparing them is quick."""
+    """The memory of a server. Equal memories are one object, so comparing them is fast."""
 
     def __init__(self, server: Server, world_size: int) -> None:
         self.server = server
@@ -93,7 +93,7 @@ class State(NamedTuple):
 
 
 class Machine:
-    """A protocol that is carried out one step at a time."""
+    """A protocol that runs one step at a time."""
 
     def __init__(self, protocol: Protocol, world_size: int) -> None:
         self.protocol = protocol
@@ -112,12 +112,12 @@ class Machine:
         return memory
 
     def steps(self, state: State, timeouts: int, crashes: int) -> Iterator[tuple[str, State]]:
-        """The steps that can be next, and the states they lead to.
+        """The possible next steps, and the states after them.
 
         Args:
-            state: the present one.
-            timeouts: how many waits may time out, in all, while others could go on.
-            crashes: how many ranks may die, in all.
+            state: the present state.
+            timeouts: number of waits that may time out, in all, while others could go on.
+            crashes: number of ranks that may die, in all.
         """
         waiting = state.memory.waiting
         early = sum(history.early for history in state.histories) < timeouts
@@ -182,7 +182,7 @@ class Machine:
         assert history.request is not None
         client = history.request.client
         if rank not in state.memory.waiting:
-            # what it wakes others for, it does
+            # its request still takes effect, and may wake others
             memory, _, woken = self._serve(state.memory, history.request)
             changed = [(other, state.histories[other].then(Reply(ANSWERED))) for other, _ in woken]
             state = _replace(state, memory, changed)
@@ -203,7 +203,7 @@ class Machine:
         return State(forgot, state.dead | {rank}, state.histories)
 
     def ended(self, state: State) -> bool:
-        """Whether nothing can happen any more, but that a rank dies."""
+        """Whether nothing can happen any more, except that a rank dies."""
         return all(
             history.request is None
             or history.rank in state.dead

@@ -1,9 +1,12 @@
-"""What should hold in every state of a barrier. Each property says it in one sentence.
+"""The properties that should hold in every state of a barrier, each in one sentence.
 
-A call is *collective* if every rank makes one of its name. A rank *completes* a call when it
+A call is *collective* if every rank makes a call of its name. A rank *completes* a call when it
 returns, and also when rank 0 raises only because another rank did not leave in time.
 """
 
+import re
+
+from refdist.barrier.quick import SLOTS
 from refdist.exploration.rank import Call
 from refdist.exploration.search import Property, Snapshot
 from refdist.store import keys
@@ -77,7 +80,7 @@ def one_reason(snapshot: Snapshot) -> bool:
 
 
 def within(seconds: float) -> Property:
-    """The property that no call waits longer than so many seconds."""
+    """The property that no call waits longer than ``seconds``."""
 
     def in_time(snapshot: Snapshot) -> bool:
         return all(call.seconds <= seconds for calls in snapshot.calls for call in calls.values())
@@ -91,11 +94,13 @@ def no_key_stays(snapshot: Snapshot) -> bool:
     barriers = list(snapshot.collective.values())
     if not (snapshot.ended and barriers) or not all(c.returned for c in barriers[-1].values()):
         return True
+    tries = {key.rpartition("/")[0] for key in snapshot.values}
+    if all(re.fullmatch(r"barrier/\d+", prefix) for prefix in tries):
+        return len(tries) == 1  # each try has its own keys
     broken = [any(map(gave_up, calls.values())) for calls in barriers]
     epoch, in_epoch = sum(broken), broken[::-1].index(True) if any(broken) else len(broken)
-    slots = keys.slots(epoch)
-    in_use = set(vars(slots[(in_epoch - 1) % keys.SLOTS]).values())
-    reset = {key for slot in slots for key in vars(slot).values()}
+    slots = [set(keys.Slot.of(epoch, number)) for number in range(SLOTS)]
+    in_use, reset = slots[(in_epoch - 1) % SLOTS], set().union(*slots)
     return all(
         key in in_use or (key in reset and value in (b"", b"0"))
         for key, value in snapshot.values.items()
@@ -114,7 +119,7 @@ BARRIER: tuple[Property, ...] = (
 """The properties of any barrier."""
 
 REFDIST_BARRIER: tuple[Property, ...] = (*BARRIER, one_reason, no_key_stays)
-"""The properties of ``refdist.barrier``, whose errors and keys they know."""
+"""The properties of ``refdist.barrier``. They use its errors and keys."""
 
 
 def _undisturbed(snapshot: Snapshot) -> list[dict[int, Call]]:

@@ -1,8 +1,8 @@
 """One rank of a protocol, which runs on recorded answers up to its next request.
 
-What a rank does follows from the answers that it got. So its state is the list of them, and to
-know its next request, its code runs from the start on the recorded answers. Nothing is copied or
-suspended, and nothing in the code needs to know.
+The actions of a rank follow from the answers that it got. So its state is the list of these
+answers. To find its next request, its code runs from the start on the recorded answers. No state is
+copied or suspended, and the code needs no change.
 """
 
 import traceback
@@ -23,12 +23,12 @@ class Call:
     """One call of a rank, as an observer sees it.
 
     Attributes:
-        name: as the protocol named it.
+        name: its name in the protocol.
         after: the ranks that had left their call of this name when this one was entered.
         over: whether it has ended: by returning ``value``, or by raising ``error``.
-        seconds: how long its waits that timed out have taken.
-        early: how many of those timed out while another rank could go on.
-        stalled: how many timed out because nothing else could happen.
+        seconds: total duration of its waits that timed out.
+        early: number of its waits that timed out while another rank could go on.
+        stalled: number of its waits that timed out because nothing else could happen.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Call:
 
 
 class Ran(NamedTuple):
-    """How far a rank came.
+    """The progress of a rank.
 
     Attributes:
-        names: of all the calls that it makes.
-        calls: those that it has entered.
-        request: what it asks next; None at its end.
+        names: names of all its calls.
+        calls: the calls that it has entered.
+        request: its next request; None at its end.
     """
 
     names: tuple[str, ...]
@@ -71,8 +71,8 @@ def run(
     """Run a rank on recorded replies, in simulated time.
 
     Raises:
-        ValueError: the protocol returned no calls, or did not ask as before.
-        Exception: whatever the protocol raises outside its calls.
+        ValueError: the protocol returned no calls, or other requests than before.
+        Exception: any error that the protocol raises outside its calls.
     """
     session = Session(rank, asked, replies)
     names: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ def run(
 
 
 def _without_frames(error: Exception) -> Exception:
-    """The error, without what it keeps alive of the run."""
+    """The error without its tracebacks, which keep objects of the run alive."""
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None

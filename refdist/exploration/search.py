@@ -1,4 +1,4 @@
-"""Trying every schedule of a protocol, shortest first, until a property does not hold."""
+"""A search through every schedule of a protocol, shortest first, until a property fails."""
 
 import random
 from array import array
@@ -16,15 +16,15 @@ _MOST_RANKS = 10  # a rank is one digit of a schedule
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What an observer of all ranks sees in one state.
+    """One state, as an observer of all ranks sees it.
 
     Attributes:
-        calls: those that each rank has entered, by name, in order.
-        names: of the calls that every rank makes.
+        calls: the calls that each rank has entered, by name, in order.
+        names: names of the calls that every rank makes.
         dead: the ranks that have died.
-        stuck: the ranks that wait for what cannot come any more, without a timeout.
+        stuck: the ranks that wait without a timeout for an event that cannot come any more.
         ended: whether nothing can happen any more.
-        values: what the store holds, by key.
+        values: the values in the store, by key.
         queues: the values in its queues, by key.
     """
 
@@ -37,28 +37,28 @@ class Snapshot:
     queues: Mapping[str, tuple[bytes, ...]]
 
     def named(self, name: str) -> dict[int, Call]:
-        """The calls of this name, by rank, of the ranks that have entered theirs."""
+        """The entered calls of this name, by rank."""
         return {rank: calls[name] for rank, calls in enumerate(self.calls) if name in calls}
 
     @property
     def collective(self) -> dict[str, dict[int, Call]]:
-        """The calls that every rank makes: by name, and by rank those that were entered."""
+        """The entered calls of the names that every rank calls, by name and by rank."""
         return {name: self.named(name) for name in self.names}
 
 
 Property = Callable[[Snapshot], bool]
-"""Whether something holds in a state. Its docstring says what, in one sentence."""
+"""Whether a condition holds in a state. Its docstring states the condition in one sentence."""
 
 
 @dataclass(frozen=True)
 class Counterexample:
-    """A schedule after which a property does not hold; none that was explored is shorter.
+    """A schedule after which a property does not hold. No shorter one was found.
 
     Attributes:
         violated: the property.
         schedule: its steps, for ``replay``.
-        protocol: whose schedule it is.
-        world_size: as it was explored.
+        protocol: the explored protocol.
+        world_size: its number of ranks.
     """
 
     violated: Property
@@ -67,25 +67,25 @@ class Counterexample:
     world_size: int
 
     def timeline(self, words: Words | None = None) -> Timeline:
-        """What happens in the schedule. See ``replay``."""
+        """The timeline of the schedule. See ``replay``."""
         told = replay(self.protocol, self.world_size, self.schedule, words)
         return replace(told, conclusion=self.sentence)
 
     @property
     def sentence(self) -> str:
-        """What should have held."""
+        """The condition that does not hold."""
         return " ".join((self.violated.__doc__ or self.violated.__name__).split())
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """What came of it. As a string, in one line.
+    """The result of an exploration. As a string, it is one line.
 
     Attributes:
-        states: how many different states were seen.
-        schedules: in how many different orders a run can go until its end. With a counterexample,
-            or if ``complete`` is False, as far as they were explored.
-        steps: of the longest schedule.
+        states: number of different states that were seen.
+        schedules: number of different schedules until the end of a run. With a counterexample, or
+            if ``complete`` is False, only those that were explored.
+        steps: steps of the longest schedule.
         complete: whether all schedules were explored.
         counterexample: the first schedule that breaks a property, if any.
     """
@@ -119,24 +119,24 @@ def explore(
 ) -> Exploration:
     """Try every schedule of a protocol, the shortest first, until one breaks a property.
 
-    Properties are asked whenever a call was entered or left or a rank has died, and at the end.
+    Properties are checked whenever a rank enters or leaves a call or dies, and at the end.
 
     Args:
         protocol: ``protocol(store, rank, world_size)`` returns the calls that the rank makes, by
-            name, in order. All it does must follow from what the store answers.
+            name, in order. Its actions must depend only on the store's answers.
         world_size: 1 to 10 ranks.
         properties: each takes a Snapshot and returns whether it holds.
-        timeouts: how many waits may time out while another rank could go on. When no rank can,
-            waits time out anyway, as many as there are.
-        crashes: how many ranks may die.
-        width: the most states that are kept after each step, drawn at random; None for all.
-        seed: of that draw.
-        max_steps: the longest schedule.
-        progress: is called with a line of text after each step of all schedules.
+        timeouts: number of waits that may time out while another rank could go on. If no rank
+            can go on, any number of waits may time out.
+        crashes: number of ranks that may die.
+        width: most states to keep after each step, drawn at random; None for all.
+        seed: seed of that draw.
+        max_steps: most steps of a schedule.
+        progress: function that gets a line of text after each step of all schedules.
 
     Raises:
         ValueError: an argument is out of its range, a schedule is longer than ``max_steps``, or
-            the protocol does not follow from the answers of its store.
+            the protocol does not depend only on the answers of its store.
     """
     if not 1 <= check_integer("world_size", world_size) <= _MOST_RANKS:
         raise ValueError(f"world_size={world_size}: must be in 1..{_MOST_RANKS}")
@@ -169,13 +169,13 @@ def explore(
 
 
 class _Search:
-    """Layer by layer: all states that can be reached in so many steps, and in how many ways."""
+    """The search, layer by layer: all states after n steps, and the number of schedules to each."""
 
     def __init__(self, machine: Machine, properties: Sequence[Property]) -> None:
         self.machine = machine
         self.counterexample: Counterexample | None = None
         self._properties = properties
-        # for each layer, and each state of it: the place of the state before, and the step
+        # for each state of each layer: the place of the state before, and the step
         self._before: list[array[int]] = []
         self._steps: list[list[str]] = []
         self._places: dict[State, int] = {}
@@ -183,7 +183,7 @@ class _Search:
     def expand(
         self, layer: dict[State, int], timeouts: int, crashes: int
     ) -> tuple[dict[State, int], int]:
-        """The next layer, and how many schedules have ended in this one."""
+        """The next layer, and the number of schedules that have ended in this one."""
         following: dict[State, int] = {}
         before, steps = array("q"), []
         over = 0
@@ -244,7 +244,7 @@ class _Search:
 
 
 def take_snapshot(state: State, ended: bool) -> Snapshot:
-    """What an observer sees in a state."""
+    """The snapshot of a state."""
     server = state.memory.server
     stuck = [r.rank for r in state.histories if ended and r.request is not None] if ended else []
     return Snapshot(

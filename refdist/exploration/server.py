@@ -1,13 +1,13 @@
-"""What the server of a TCPStore does, one request at a time, in Python.
+"""The server of a TCPStore in Python, one request at a time.
 
-It follows torch's libuv server, in what it answers and in whom it wakes, also where that surprises:
+It gives the same answers and wakes the same clients as torch's libuv server, even in odd cases:
 
-* A wait counts the keys that it misses. Each request that touches such a key counts one down, even
-  a ``compare_set`` that changes nothing, and even if the key is gone again when the count is 0.
+* A wait counts its missing keys. Each request that touches such a key lowers the count by 1, even a
+  ``compare_set`` that changes nothing. The wait ends at 0, even if the key is gone again.
 * ``barrier(key, n)`` adds 1 to the key, and waits for a request that touches it, whatever number
-  that leaves there; but a ``barrier`` that has to wait itself wakes nobody.
-* ``queue_push`` wakes one client, and leaves it on the list of those who wait for that key. If the
-  client waits for something else when the next value is pushed, that ends its wait.
+  that request leaves there. But a ``barrier`` that has to wait wakes no client.
+* ``queue_push`` wakes one client, and leaves it on the list of clients that wait for that key. If
+  the client waits for another key at the next push, the push ends that wait.
 
 Tests run random programs on this and on the real store, and compare every answer.
 """
@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 Client = tuple[int, int]
-"""A connection: the rank that has it, and a number, as a rank may have several."""
+"""A connection: its rank, and a number, because a rank may have several."""
 
 Answer = bytes | int | bool | None | tuple[bytes, ...] | tuple[str, ...]
 
@@ -25,12 +25,12 @@ _INTEGER = re.compile(rb"\s*([+-]?\d+)")
 
 
 class Request(NamedTuple):
-    """A request to the server, as one client sends it.
+    """A request of one client to the server.
 
     Attributes:
-        name: of the method that serves it, in the words of torch's store.
+        name: name of the method in torch's store.
         arguments: keys as str, values as bytes, in the order of that method.
-        seconds: how long the client waits for the answer; None for ever.
+        seconds: time that the client waits for the answer; None for ever.
         client: the connection.
     """
 
@@ -41,7 +41,7 @@ class Request(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """Whether it is answered when others have done something. The others are at once."""
+        """Whether its answer may depend on later requests. Other requests are answered at once."""
         return self.name in ("wait", "barrier")
 
 
@@ -50,26 +50,26 @@ class StillWaiting(Exception):  # noqa: N818  # no error: the answer comes later
 
 
 class ConnectionClosed(Exception):  # noqa: N818
-    """The server has closed the connection to the client, instead of an answer."""
+    """The server has closed the connection to the client instead of answering."""
 
 
 class Server:
     """A server's memory.
 
     Attributes:
-        values: by key.
-        queues: by key; none of them empty.
+        values: values by key.
+        queues: queues by key; none is empty.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.queues: dict[str, tuple[bytes, ...]] = {}
-        self._waiting: dict[str, tuple[Client, ...]] = {}  # by key; some may wait no more
-        self._missing: dict[Client, int] = {}  # keys that a client still waits for
+        self._waiting: dict[str, tuple[Client, ...]] = {}  # by key; some clients may wait no more
+        self._missing: dict[Client, int] = {}  # number of keys that a client misses
         self._woken: list[Client] = []
 
     def copy(self) -> "Server":
-        """Another one that holds the same."""
+        """Another server with the same memory."""
         other = Server()
         other.values = dict(self.values)
         other.queues = dict(self.queues)
@@ -78,7 +78,7 @@ class Server:
         return other
 
     def memory(self) -> Hashable:
-        """All that the server knows: two with the same memory answer alike for ever."""
+        """The whole state: two servers with the same memory give the same answers for ever."""
         parts = (self.values, self.queues, self._waiting, self._missing)
         return tuple(frozenset(part.items()) for part in parts)
 
@@ -90,7 +90,7 @@ class Server:
         """Serve a request. Returns the answer, and the clients whose waits have ended.
 
         Raises:
-            StillWaiting: the answer is that of a later request, which returns this client.
+            StillWaiting: a later request ends the wait, and returns this client.
             ConnectionClosed: the value under the key is no integer, so nothing can be added.
         """
         self._woken = []
@@ -117,7 +117,7 @@ class Server:
             self._count_down(client)
 
     def _count_down(self, client: Client) -> bool:
-        """One key less for a client to wait for. Whether its wait has ended."""
+        """Lower the number of keys that a client misses. Return whether its wait has ended."""
         if client not in self._missing:
             return False
         self._missing[client] -= 1
@@ -149,7 +149,7 @@ class Server:
         return total
 
     def _integer(self, key: str) -> int:
-        """The integer that a value begins with, 0 where there is no value."""
+        """The integer at the beginning of a value; 0 if there is no value."""
         found = _INTEGER.match(self.values.get(key, b"0"))
         if found is None or int(found[1]) != _signed(int(found[1])):
             raise ConnectionClosed
@@ -160,7 +160,7 @@ class Server:
         if present == expected or (present is None and not expected):
             self.values[key] = desired
         self._wake(key)
-        # of a key that does not exist, it says what was expected
+        # for a missing key, torch's server returns ``expected``
         return self.values.get(key, expected)
 
     def _get(self, key: str) -> bytes:
@@ -218,5 +218,5 @@ class Server:
 
 
 def _signed(number: int) -> int:
-    """As a C++ int64_t holds it."""
+    """The number as a C++ int64_t."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)

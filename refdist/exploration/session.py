@@ -1,4 +1,4 @@
-"""One run of a rank's code on recorded replies: what it asks, what it is told, and its clock."""
+"""One run of a rank's code on recorded replies: its requests, their replies, and its clock."""
 
 import threading
 import time
@@ -14,12 +14,12 @@ ANSWERED, TIMED_OUT, STALLED, CLOSED = "answered", "timed out", "stalled", "clos
 
 
 class Reply(NamedTuple):
-    """How a request of a rank ended.
+    """The end of a rank's request.
 
     Attributes:
-        kind: ``ANSWERED``; ``TIMED_OUT`` while others could go on; ``STALLED``, which is timed out
-            when nothing else could happen; or ``CLOSED``, the connection.
-        answer: if answered.
+        kind: ``ANSWERED``; ``TIMED_OUT`` while others could go on; ``STALLED``: timed out because
+            nothing else could happen; or ``CLOSED``: the connection was closed.
+        answer: the answer, if any.
     """
 
     kind: str
@@ -27,17 +27,17 @@ class Reply(NamedTuple):
 
 
 class HaltedError(BaseException):
-    """Leaves the code of a rank at a request that has no reply yet."""
+    """Ends the code of a rank at a request that has no reply yet."""
 
 
 class Session:
-    """One run of a rank: what it asks, what it was told, and its clock."""
+    """One run of a rank: its requests, their replies, and its clock."""
 
     def __init__(self, rank: int, asked: list[Request], replies: list[Reply]) -> None:
         self.rank = rank
-        self.request: Request | None = None  # the first without a reply
+        self.request: Request | None = None  # the first request without a reply
         self.seconds = 0.0
-        self.differs = ""  # how it asks otherwise than before
+        self.differs = ""  # the error text, if a request differs from before
         self.early = self.stalled = 0
         self.connections = 0
         self._asked = asked
@@ -49,11 +49,11 @@ class Session:
         """The recorded answer to a request.
 
         Raises:
-            HaltedError: there is none yet, or the rank asks otherwise than before.
-            torch.distributed.DistStoreError: it timed out.
+            HaltedError: there is none yet, or the request differs from the recorded one.
+            torch.distributed.DistStoreError: the request timed out.
             torch.distributed.DistNetworkError: the connection is closed.
         """
-        # code that leaves may still ask, in a finally clause
+        # a finally clause of halted code may still send requests
         if self.request is not None or self.differs:
             raise HaltedError
         if request.client in self._closed and request.name != "enter":
@@ -82,10 +82,10 @@ class Session:
 
 @contextmanager
 def time_of(session: Session) -> Iterator[None]:
-    """Let this thread read the clock of a rank, which its timeouts alone advance.
+    """Let this thread read the clock of a rank. Only its timeouts and sleeps advance it.
 
-    A rank may so be slower than any other, or faster: an order of steps that some speeds of ranks
-    bring about is explored, and more.
+    So a rank may be slower or faster than any other. The exploration includes every order of steps
+    that some speeds of ranks cause, and more.
     """
     thread = threading.get_ident()
     real = {name: getattr(time, name) for name in ("monotonic", "time", "perf_counter", "sleep")}

@@ -1,6 +1,6 @@
-"""What the code of a rank gets for its store. It asks the explorer instead of a server."""
+"""The store that a rank's code gets. It asks the explorer instead of a server."""
 
-# ruff: noqa: D102  # each method is that of torch, which tells of it
+# ruff: noqa: D102  # torch documents these methods
 
 from datetime import timedelta
 from typing import Any
@@ -12,14 +12,14 @@ from refdist.exploration.server import Client, Request
 from refdist.exploration.session import Session
 
 STORE_SECONDS = 300.0
-"""A wait that is given no other timeout has this one; it counts as waiting for ever."""
+"""The timeout of a wait that has no other. It counts as waiting for ever."""
 
 # torch 2.11 to 2.15
 _QUEUE_EMPTY: type[Exception] = getattr(torch.distributed, "QueueEmptyError", DistStoreError)
 
 
 class SimulatedStore:
-    """What a rank gets for its store: passes for a TCPStore, and asks the explorer instead."""
+    """The store of a rank. It passes for a TCPStore, and asks the explorer instead."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -35,11 +35,11 @@ class SimulatedStore:
 
     @property
     def timeout(self) -> timedelta:
-        """How long a wait may take that names no timeout."""
+        """The timeout of a wait that names none."""
         return timedelta(seconds=self._seconds)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Change it, for this connection."""
+        """Change the timeout of this connection."""
         self._seconds = timeout.total_seconds()
 
     def clone(self) -> "SimulatedStore":

@@ -1,4 +1,4 @@
-"""A schedule, told step by step: one column a rank, one line a step, and what each rank learns."""
+"""The timeline of a schedule: one column a rank, one line a step, with the answers to each rank."""
 
 import re
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ _STEP = re.compile(r"[tx]?\d")
 
 @dataclass(frozen=True)
 class Event:
-    """What one rank does or learns in one step.
+    """An action of one rank, or an answer to it, in one step.
 
     Attributes:
         step: the number of the step, from 1.
-        rank: whose event it is.
+        rank: the rank.
         kind: ``"enters"``, ``"asks"``, ``"waits"``, ``"is woken"``, ``"times out"``, ``"dies"``,
             ``"returns"`` or ``"raises"``.
-        text: a few words.
+        text: the event in a few words.
     """
 
     step: int
@@ -33,13 +33,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What happens in a schedule. As a string, it has one column a rank.
+    """The events of a schedule. As a string, it has one column a rank.
 
     Attributes:
-        world_size: how many ranks there are.
+        world_size: number of ranks.
         schedule: the steps, as a string.
-        events: in order.
-        conclusion: what should have held; empty if it does.
+        events: the events, in order.
+        conclusion: the condition that does not hold; empty if there is none.
     """
 
     world_size: int
@@ -65,14 +65,14 @@ class Timeline:
 def replay(
     protocol: Protocol, world_size: int, schedule: str, words: Words | None = None
 ) -> Timeline:
-    """Carry a schedule out, and tell what happens.
+    """Carry out a schedule and return its timeline.
 
     Args:
         protocol: as for ``explore``.
         world_size: as for ``explore``.
         schedule: its steps: ``0`` for the next request of rank 0, ``t0`` if its wait times out,
             ``x0`` if it dies.
-        words: how keys and values are written.
+        words: the texts of keys and values.
 
     Raises:
         ValueError: the schedule has a step that cannot happen.
@@ -103,13 +103,13 @@ def _carry_out(machine: Machine, schedule: str) -> tuple[list[State], list[str]]
 
 
 class _Teller:
-    """Tells what happens from one state to the next."""
+    """Puts the events between two states into words."""
 
     def __init__(self, words: Words) -> None:
         self._words = words
 
     def events(self, number: int, step: str, before: State, after: State) -> list[Event]:
-        """What happens to the rank whose step it is, and to those that it wakes."""
+        """The events of the rank that takes the step, and of the ranks that it wakes."""
         actor = int(step[-1])
         if step[0] == "x":
             return [Event(number, actor, "dies", "dies")]
@@ -142,7 +142,7 @@ class _Teller:
 
 
 def _ends(number: int, old: History, new: History) -> list[Event]:
-    """The ends of the calls that have ended."""
+    """The events of the calls that have ended."""
     ended = [call for call in new.calls[sum(call.over for call in old.calls) :] if call.over]
     return [Event(number, new.rank, *_end(call)) for call in ended]
 

@@ -4,46 +4,50 @@ import pickle
 import re
 from typing import Any
 
-from refdist.barrier.gates import OPEN
-from refdist.barrier.roll import State, signed_by
+from refdist.barrier.quick import ASLEEP, COUNT, OPEN, WOKEN
+from refdist.barrier.roll import Roll
 from refdist.errors import name_ranks
 from refdist.exploration.server import Answer, Request
+from refdist.store.seals import NO_SEALS
 
 _MOST_CHARACTERS = 28  # of a value
 
 
 class Words:
-    """How keys and values are written in a timeline. Subclass it for a protocol of your own."""
+    """The texts of keys and values in a timeline. Subclass it for a protocol of your own."""
 
     def key(self, key: str) -> str:
-        """A key."""
+        """The text of a key."""
         return key
 
     def value(self, key: str, value: bytes) -> str:
-        """The value of a key."""
+        """The text of the value of a key."""
         text = value.decode(errors="backslashreplace")
         text = text if text.isprintable() else repr(value)[2:-1]
         text = text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
         return text or '""'
 
     def amount(self, key: str, amount: int) -> str:
-        """What is added to the value of a key."""
+        """The text of a number that is added to the value of a key."""
         return str(amount)
 
 
 class RefdistWords(Words):
-    """How the keys and values of refdist's barriers and messages are written."""
+    """The texts of keys and values of refdist's barriers and messages."""
 
     def key(self, key: str) -> str:
-        """Without the epoch and the slot of a barrier."""
+        """The key without the epoch and the slot of a barrier."""
         return re.sub(r"^barrier/(\d+/)+", "", key)
 
     def value(self, key: str, value: bytes) -> str:
-        """The roll, the state, a gate or an object in words; anything else as it is."""
+        """The text of a roll, state, object or key that ranks wait for; other values unchanged."""
         if key.endswith("/roll"):
-            # the number of the barrier comes first
-            signed = signed_by(value, int.from_bytes(value[:8], "little"))
-            return f"signed by {name_ranks(sorted(signed))}"
+            # a roll begins with the generation of its barrier
+            roll = Roll.parse(value, int.from_bytes(value[:8], "little"), NO_SEALS, key)
+            if not roll.values and not roll.left:
+                return super().value(key, value)
+            arrived = f"signed by {name_ranks(sorted(roll.values))}"
+            return arrived + (f", left by {name_ranks(sorted(roll.left))}" if roll.left else "")
         if key.endswith("/state") and re.fullmatch(rb"-?\d+", value):
             return self.amount(key, int(value))
         if value == str(OPEN).encode():
@@ -53,20 +57,25 @@ class RefdistWords(Words):
         return super().value(key, value)
 
     def amount(self, key: str, amount: int) -> str:
-        """A state in words; anything else as it is."""
+        """The text of a state; other numbers unchanged."""
         if not key.endswith("/state"):
             return super().amount(key, amount)
-        state = State.of(amount)
-        if state.broken:
-            return "broken"
-        parts = [f"{state.left} left"] if state.left else []
-        parts += [f"{state.asleep} asleep"] if state.asleep else []
-        parts += ["woken"] if state.woken else []
-        return ", ".join(parts) or "nothing yet"
+        return _state_in_words(amount)
+
+
+def _state_in_words(state: int) -> str:
+    """A state, or a number that is added to one, for people to read."""
+    if state < -(1 << 60):
+        return "broken"
+    asleep = state // ASLEEP
+    parts = [f"{state & COUNT} left"] if state & COUNT else []
+    parts += [f"{asleep} asleep"] if asleep else []
+    parts += ["woken"] if state & WOKEN else []
+    return ", ".join(parts) or "nothing yet"
 
 
 def request_in_words(request: Request, words: Words) -> str:
-    """What a rank asks of its store."""
+    """The text of a rank's request to its store."""
     if request.name == "enter":
         return f"enters {request.arguments[0]}"
     if not request.arguments:
@@ -97,7 +106,7 @@ def request_in_words(request: Request, words: Words) -> str:
 
 
 def answer_in_words(request: Request, answer: Answer, words: Words) -> str:
-    """What a rank learns by the answer, as the end of a line."""
+    """The text of an answer, as the end of a line."""
     if request.waits:
         return ": goes on"
     if answer is None:
@@ -109,7 +118,7 @@ def answer_in_words(request: Request, answer: Answer, words: Words) -> str:
         return f" -> {words.amount(keys, answer)}"
     if isinstance(answer, bytes):
         unknown = request.name == "compare_set" and answer == request.arguments[1]
-        nothing = unknown and answer == request.arguments[2] == b"\0"
+        nothing = unknown and answer == request.arguments[2] and not answer.strip(b"\0")
         return " -> nothing there" if nothing else f" -> {words.value(keys, answer)}"
     found = [words.value("", v) if isinstance(v, bytes) else v for v in answer]
     return f" -> {', '.join(found) or 'nothing'}"

@@ -58,7 +58,7 @@ def find_place(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> Place:
-    """The place that the variables of ``environment`` tell. What is not None overrides them.
+    """The place that the variables of ``environment`` tell. Arguments take precedence over them.
 
     Raises:
         ValueError: a variable is missing, has another form than it should, or is out of its range.

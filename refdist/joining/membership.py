@@ -1,4 +1,7 @@
-"""Who is which rank of a group: what each writes about itself when it joins, and who may."""
+"""Membership: each rank writes about itself when it joins, and one process at most is each rank.
+
+A refusal says why at once, on the rank that is refused.
+"""
 
 import json
 import os
@@ -13,16 +16,15 @@ from torch.distributed import DistError
 from refdist.deadline import Deadline
 from refdist.errors import AuthenticationError, GroupCreationError, name_ranks
 from refdist.store import keys
-from refdist.store.client import StoreClient, has_barrier
+from refdist.store.client import StoreClient
 from refdist.store.seals import NO_SEALS, VARIABLE, NoSeals, Seals, is_sealed
-from refdist.store.waiting import decide, peek, wait_for_value
 
 GONE = b"gone"
 """Stands in place of what a rank wrote about itself, once it has left."""
 
 
 class _Process:
-    """Tells this process from all others, also from one with its number on a host of its name."""
+    """Identifies this process, even against the same pid on a host of the same name."""
 
     def __init__(self) -> None:
         self.renew()
@@ -39,121 +41,129 @@ class LeftoverStoreError(Exception):
     """The store belongs to a group that is ending; that of the new group is still to come."""
 
 
-def register(
-    store: StoreClient,
-    rank: int,
-    world_size: int,
-    deadline: Deadline,
-    where: str,
-    secret: bytes | None,
-) -> bytes:
-    """Take a rank that nobody else has, in a group of the size that rank 0 knows.
+class Membership:
+    """A rank as it joins a group, on an open store.
 
-    Returns:
-        What rank 0 has written about itself.
+    Args:
+        where: host and port, for errors.
+        secret: of the group.
     """
-    seals = NO_SEALS if secret is None else Seals(secret, "member")
-    me = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "process": _process.token,
-        "world_size": world_size,
-        "store_barrier": has_barrier(store),
-        "torch": str(torch.__version__),
-        "token": os.urandom(8).hex(),
-    }
-    about_me = json.dumps(me).encode()
-    proposal = seals.seal(keys.member(rank), about_me)
-    # a rank with another world size must not take the place of the right one
-    rank_0 = about_me if rank == 0 else _check_rank_0(store, rank, me, deadline, where, seals)
-    holder = decide(store, keys.member(rank), proposal)
-    if holder == GONE:
-        raise LeftoverStoreError(f"the group on {where} is ending")
-    if holder != proposal:
+
+    def __init__(
+        self, store: StoreClient, rank: int, world_size: int, where: str, secret: bytes | None
+    ) -> None:
+        self._store, self._rank, self._world_size, self._where = store, rank, world_size, where
+        self._seals: NoSeals = NO_SEALS if secret is None else Seals(secret, "member")
+
+    def register(self, deadline: Deadline) -> bytes:
+        """Take a rank that no other process has, in a group of the size that rank 0 knows.
+
+        Returns:
+            What rank 0 has written about itself.
+
+        Raises:
+            ValueError: the rank is taken, or rank 0 has another world size, or another torch.
+            GroupCreationError: rank 0 did not come, or has another secret.
+            LeftoverStoreError: the store is that of a group which is ending.
+        """
+        me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process": _process.token,
+            "world_size": self._world_size,
+            "store_barrier": self._store.has_barrier,
+            "torch": str(torch.__version__),
+            "token": os.urandom(8).hex(),
+        }
+        about_me = json.dumps(me).encode()
+        # a rank with another world size must not take the place of the right one
+        rank_0 = about_me if self._rank == 0 else self._read_rank_0(me, deadline)
+        key = keys.member(self._rank)
+        proposal = self._seals.seal(key, about_me)
+        holder = self._store.decide(key, proposal)
+        if holder != proposal:
+            self._refuse_second(holder)
+        return rank_0
+
+    def _read_rank_0(self, me: dict[str, Any], deadline: Deadline) -> bytes:
+        """What rank 0 wrote about itself, if this rank may join its group."""
+        written = self._store.wait_for_value(keys.member(0), deadline)
+        if written is None:
+            raise GroupCreationError(
+                f"rank 0 did not come to {self._where} within {deadline.allowed:g} s", missing=[0]
+            )
+        self._check_not_ending(written)
+        about_rank_0 = self._unseal_rank_0(written)
+        rank_0 = self._parse(about_rank_0, 0)
+        if rank_0.get("world_size") != self._world_size:
+            raise ValueError(
+                f"world_size={self._world_size}: rank 0 formed the group on {self._where} with "
+                f"{rank_0.get('world_size')}"
+            )
+        if rank_0.get("store_barrier") != me["store_barrier"]:
+            raise ValueError(
+                f"torch {me['torch']}: rank 0 on {self._where} has torch {rank_0.get('torch')}, "
+                f"and only one of them has Store.barrier; all ranks must have it, or none"
+            )
+        return about_rank_0
+
+    def _unseal_rank_0(self, written: bytes) -> bytes:
+        """What rank 0 wrote, if it has the same secret as this rank, or neither has one.
+
+        Otherwise the other ranks will be told.
+        """
+        mine = bool(self._seals.tag_bytes)
         try:
-            other = _read_member(seals.unseal(keys.member(rank), holder), rank, where)
+            if mine == is_sealed(written):
+                return self._seals.unseal(keys.member(0), written)
+            text = "has no secret, but rank 0 has one"
+            if mine:
+                text = "has a secret, but rank 0 has none"
+            cause = None
+        except AuthenticationError as error:
+            text, cause = f"has another secret than rank 0 ({error})", error
+        self._check_not_ending(self._store.peek(keys.member(self._rank)))
+        self._store.set(keys.refused(self._rank), "")
+        raise GroupCreationError(
+            f"rank {self._rank} {text} on {self._where}; give all ranks the same, by secret= or "
+            f"{VARIABLE}"
+        ) from cause
+
+    def _refuse_second(self, holder: bytes) -> None:
+        """Raise because another process is this rank already."""
+        self._check_not_ending(holder)
+        try:
+            other = self._parse(self._seals.unseal(keys.member(self._rank), holder), self._rank)
         except AuthenticationError as error:
             raise GroupCreationError(
-                f"rank {rank} is taken on {where} by someone with another secret, or none: {error}"
+                f"rank {self._rank} is taken on {self._where} by someone with another secret, or "
+                f"none: {error}"
             ) from error
-        taken = f"is taken on {where} by process {other.get('pid')} of {other.get('host')}"
+        taken = f"is taken on {self._where} by process {other.get('pid')} of {other.get('host')}"
         if other.get("process") == _process.token:
             # this process was that rank before; a group of its own is no rival of the next one
-            raise LeftoverStoreError(f"rank={rank}: {taken}, which is this one")
-        raise ValueError(f"rank={rank}: {taken}; each rank of a group is one process")
-    return rank_0
+            raise LeftoverStoreError(f"rank={self._rank}: {taken}, which is this one")
+        raise ValueError(f"rank={self._rank}: {taken}; each rank of a group is one process")
 
+    def _check_not_ending(self, written: bytes | None) -> None:
+        if written == GONE:
+            raise LeftoverStoreError(f"the group on {self._where} is ending")
 
-def _check_rank_0(
-    store: StoreClient,
-    rank: int,
-    me: dict[str, Any],
-    deadline: Deadline,
-    where: str,
-    seals: NoSeals,
-) -> bytes:
-    """Refuse to join a group whose rank 0 has another one in mind. Returns what it wrote."""
-    written = wait_for_value(store, keys.member(0), deadline)
-    if written is None:
-        raise GroupCreationError(
-            f"rank 0 did not come to {where} within {deadline.allowed:g} s", missing=[0]
-        )
-    if written == GONE:
-        raise LeftoverStoreError(f"the group on {where} is ending")
-    about_rank_0 = _unseal_rank_0(store, rank, written, where, seals)
-    rank_0 = _read_member(about_rank_0, 0, where)
-    world_size = me["world_size"]
-    if rank_0.get("world_size") != world_size:
-        raise ValueError(
-            f"world_size={world_size}: rank 0 formed the group on {where} with "
-            f"{rank_0.get('world_size')}"
-        )
-    if rank_0.get("store_barrier") != me["store_barrier"]:
-        raise ValueError(
-            f"torch {me['torch']}: rank 0 on {where} has torch {rank_0.get('torch')}, and only "
-            f"one of them has Store.barrier; all ranks must have it, or none"
-        )
-    return about_rank_0
-
-
-def _unseal_rank_0(
-    store: StoreClient, rank: int, written: bytes, where: str, seals: NoSeals
-) -> bytes:
-    """What rank 0 has written about itself, if it has the same secret as this rank, or none.
-
-    Raises:
-        GroupCreationError: it has not. The others will be told.
-    """
-    mine = bool(seals.tag_bytes)
-    try:
-        if mine == is_sealed(written):
-            return seals.unseal(keys.member(0), written)
-        text = "has a secret, but rank 0 has none" if mine else "has no secret, but rank 0 has one"
-        cause = None
-    except AuthenticationError as error:
-        text, cause = f"has another secret than rank 0 ({error})", error
-    if peek(store, keys.member(rank)) == GONE:
-        raise LeftoverStoreError(f"the group on {where} is ending")
-    store.set(keys.refused(rank), "")
-    raise GroupCreationError(
-        f"rank {rank} {text} on {where}; give all ranks the same, by secret= or {VARIABLE}"
-    ) from cause
-
-
-def _read_member(written: bytes, rank: int, where: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(written))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise GroupCreationError(
-            f"rank {rank} on {where} is held by {written[:40]!r}, which no rank of refdist writes"
-        ) from error
+    def _parse(self, written: bytes, rank: int) -> dict[str, Any]:
+        try:
+            return dict(json.loads(written))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise GroupCreationError(
+                f"rank {rank} on {self._where} is held by {written[:40]!r}, which no rank of "
+                f"refdist writes"
+            ) from error
 
 
 def refused(store: StoreClient, missing: Sequence[int]) -> str:
     """Which missing ranks had come with another secret, as far as anyone can know."""
     ranks: list[int] = []
     with suppress(DistError):
-        ranks += [rank for rank in missing if peek(store, keys.refused(rank)) is not None]
+        ranks += [rank for rank in missing if store.peek(keys.refused(rank)) is not None]
     if not ranks:
         return ""
     return f"; {name_ranks(ranks)} came with another secret than rank 0, or one of them with none"

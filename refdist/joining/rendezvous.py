@@ -1,22 +1,24 @@
-"""How ranks meet: rank 0 opens a store, everyone joins it, and a barrier says who came.
+"""How ranks meet: rank 0 opens a store, all ranks join it, and a barrier says which have come.
+
+``form`` is the whole way, and the functions below it are its steps, in order.
 
 With a secret, that barrier is a gather. Each rank brings a token, which is random, under seals that
 only this creation has; and the seals of the group come from the secret and all tokens. So what an
-earlier group of the same ranks wrote is refused, whatever was the same: secret, port, and keys.
+earlier group of the same ranks wrote is refused, even if secret, port and keys were the same.
 """
 
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import weakref
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
 
 from torch.distributed import DistError
 
-from refdist.barrier import Barrier
+from refdist.barrier import barrier_of
+from refdist.barrier.plain import Barrier
 from refdist.calls import Calls
 from refdist.checks import check_rank
 from refdist.deadline import CancelledWaitError, Deadline
@@ -28,36 +30,119 @@ from refdist.errors import (
     StoreConnectionError,
     name_ranks,
 )
-from refdist.joining.membership import GONE, LeftoverStoreError, refused, register
+from refdist.joining.membership import LeftoverStoreError, Membership, refused
+from refdist.joining.realigning import break_off
 from refdist.store import keys
 from refdist.store.client import StoreClient
 from refdist.store.listening import close_quietly, connect, listen, serve
-from refdist.store.seals import Seals
-from refdist.store.waiting import peek, wait_for_keys
-from refdist.torch_versions import quiet
+from refdist.store.seals import Seals, warn_without_secret
+from refdist.torch_versions import tcp_store_of
 
 _GRACE_SECONDS = 1.0
 _RETRY_SECONDS = 0.05
 _TOKEN_BYTES = 32
 
 
-# by host, port and rank
-_formed: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
-_stores: WeakValueDictionary[tuple[str, int, int], Any] = WeakValueDictionary()
+class Joined(NamedTuple):
+    """The parts of a group that has formed.
 
-
-def remember(group: Any, host: str, port: int, rank: int) -> None:
-    """Note which group of this process is this rank of the group on a host and port.
-
-    Args:
-        group: with a ``store`` and a method ``end``, if it can be ended for the next one there.
-        host: as the user gave it.
-        port: of the store.
-        rank: of this process.
+    Attributes:
+        client: of its store.
+        barrier: its barriers, the first of them passed.
+        calls: its calls.
+        listener: on rank 0, the socket that its store listens on.
+        own_listener: whether ``listener`` was opened here.
     """
-    _formed[host, port, rank] = group
-    if hasattr(group, "end"):
-        _stores[host, port, rank] = group.store
+
+    client: StoreClient
+    barrier: Barrier
+    calls: Calls
+    listener: socket.socket | None
+    own_listener: bool
+
+    def remember(self, group: Any, host: str) -> None:
+        """Note which group of this process is this rank on a host, as the user gave it, and port.
+
+        The next one there ends it: with its method ``end``, if it has one.
+        """
+        place = host, tcp_store_of(self.client.store).port, self.barrier.rank
+        _formed[place] = group
+        if hasattr(group, "end"):
+            _stores[place] = self.client.store
+
+    def hand_over(self, group: Any, host: str, warn: bool) -> None:
+        """Let a group that consists of these parts own them, and warn if it has no secret."""
+        self.remember(group, host)
+        if self.listener is not None and self.own_listener:
+            group._release_socket = weakref.finalize(group, self.listener.close)
+        try:
+            if self.listener is not None and warn:
+                warn_without_secret(self.listener)
+        except Warning:
+            group.end()
+            raise
+
+
+# by host, port and rank
+_formed: weakref.WeakValueDictionary[tuple[str, int, int], Any] = weakref.WeakValueDictionary()
+_stores: weakref.WeakValueDictionary[tuple[str, int, int], Any] = weakref.WeakValueDictionary()
+
+
+def form(
+    host: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    timeout: float,
+    listen_socket: socket.socket | None = None,
+    secret: bytes | None = None,
+) -> Joined:
+    """Open the store on rank 0, connect to it on the others, and wait until all ranks have.
+
+    Raises:
+        ValueError: an argument is out of its range, the rank is taken, rank 0 was given another
+            world size, or this process is this rank already, in a group that cannot be ended.
+        OSError: the host does not resolve, or on rank 0, cannot be listened on.
+        GroupCreationError: a rank did not come within ``timeout`` seconds; or at once, on another
+            rank than 0 which has another secret.
+        StoreConnectionError: on another rank than 0, when rank 0 did not come in time.
+    """
+    check_rank(rank, world_size)
+    if timeout <= 0:
+        raise ValueError(f"timeout={timeout}: must be above 0 seconds")
+    given = listen_socket if rank == 0 else None
+    _end_the_one_before(host, given.getsockname()[1] if given else port, rank)
+    own = listen(host, port) if rank == 0 and given is None else None
+    listener = own or given
+    where = f"{host}:{port or (listener and listener.getsockname()[1])}"
+    deadline = Deadline(timeout, whole=True)
+    calls = Calls(rank)
+
+    def attempts() -> Barrier:
+        while True:
+            calls.client = None
+            try:
+                calls.client = _open(host, port, rank, deadline, listener)
+                return join(calls.client, rank, world_size, deadline, where, secret)
+            except (StoreConnectionError, LeftoverStoreError) as error:
+                if rank == 0 or deadline.remaining() == 0:
+                    if calls.client is None or calls.client.timed_out:
+                        raise  # no store answered
+                    raise GroupCreationError(f"rank {rank} was not let in: {error}") from error
+                if calls.client is not None:
+                    calls.client.close()
+            deadline.check()
+            time.sleep(_RETRY_SECONDS)
+
+    try:
+        barrier = calls.run("create", deadline, attempts)
+    except BaseException:
+        if calls.client is not None:
+            calls.client.close()
+        close_quietly(own)  # the port is free again
+        raise
+    assert calls.client is not None
+    return Joined(calls.client, barrier, calls, listener, own is not None)
 
 
 def _end_the_one_before(host: str, port: int, rank: int) -> None:
@@ -82,90 +167,17 @@ def _end_the_one_before(host: str, port: int, rank: int) -> None:
         )
 
 
-@contextmanager
-def listening(
-    host: str, port: int, rank: int, listen_socket: socket.socket | None
-) -> Iterator[socket.socket | None]:
-    """The socket that rank 0 listens on. If the body fails, the port is free again.
-
-    Raises:
-        ValueError: this process is this rank already, in a group that cannot be ended.
-    """
-    given = listen_socket if rank == 0 else None
-    _end_the_one_before(host, given.getsockname()[1] if given else port, rank)
-    own_socket = listen(host, port) if rank == 0 and given is None else None
-    try:
-        yield own_socket or given
-    except BaseException:
-        close_quietly(own_socket)
-        raise
-
-
-def meet(
-    host: str,
-    port: int,
-    rank: int,
-    world_size: int,
-    timeout: float,
-    listener: socket.socket | None,
-    secret: bytes | None = None,
-) -> tuple[StoreClient, Barrier, Calls]:
-    """Open the store on rank 0, connect to it on the others, and wait until all ranks have.
-
-    Returns:
-        The store; the barriers of the group, the first of them passed; and its calls.
-
-    Raises:
-        ValueError: an argument is out of its range, the rank is taken, or rank 0 was given
-            another world size.
-        OSError: the host does not resolve.
-        GroupCreationError: a rank did not come within ``timeout`` seconds; or at once, on another
-            rank than 0 which has another secret.
-        StoreConnectionError: on another rank than 0, when rank 0 did not come in time.
-    """
-    check_rank(rank, world_size)
-    if timeout <= 0:
-        raise ValueError(f"timeout={timeout}: must be above 0 seconds")
-    deadline = Deadline(timeout)
-    calls = Calls()
-
-    def attempts() -> tuple[StoreClient, Barrier]:
-        while True:
-            calls.client = None
-            try:
-                calls.client = _open(host, port, rank, deadline, listener)
-                where = f"{host}:{port or (listener and listener.getsockname()[1])}"
-                return calls.client, join(calls.client, rank, world_size, deadline, where, secret)
-            except (StoreConnectionError, LeftoverStoreError) as error:
-                if rank == 0 or deadline.remaining() == 0:
-                    if calls.client is None or calls.client.timed_out:
-                        raise  # no store answered
-                    raise GroupCreationError(f"rank {rank} was not let in: {error}") from error
-                if calls.client is not None:
-                    calls.client.close()
-            deadline.check()
-            time.sleep(_RETRY_SECONDS)
-
-    try:
-        return *calls.run("create", attempts, deadline), calls
-    except BaseException:
-        if calls.client is not None:
-            calls.client.close()
-        raise
-
-
 def _open(
     host: str, port: int, rank: int, deadline: Deadline, listener: socket.socket | None
 ) -> StoreClient:
     timeout = timedelta(seconds=deadline.allowed)
-    # torch warns with a stack trace when it finds a store that is just ending
-    with quiet():
-        if rank == 0:
-            assert listener is not None
-            return StoreClient(serve(host, listener, timeout, wait_for_workers=False), deadline)
-        return StoreClient(
-            connect(host, port, deadline, timeout=timeout, wait_for_workers=False), deadline
-        )
+    if rank == 0:
+        assert listener is not None
+        client = StoreClient(serve(host, listener, timeout, wait_for_workers=False))
+    else:
+        client = StoreClient(connect(host, port, deadline, timeout=timeout, wait_for_workers=False))
+    client.limit(deadline.remaining())
+    return client
 
 
 def join(
@@ -176,17 +188,17 @@ def join(
     where: str,
     secret: bytes | None = None,
 ) -> Barrier:
-    """Meet the other ranks on an open store. See ``meet``."""
+    """Take a rank on an open store, and meet the other ranks in the first barrier. See ``form``."""
     try:
-        rank_0 = register(store, rank, world_size, deadline, where, secret)
-        barrier = Barrier(store, rank, world_size)
+        rank_0 = Membership(store, rank, world_size, where, secret).register(deadline)
+        barrier = barrier_of(store, rank, world_size)
         try:
             if secret is None:
-                barrier.wait(deadline, each_phase=False)
+                barrier.wait(deadline)
             else:
-                _meet_in_secret(barrier, rank, deadline, secret, rank_0)
+                _meet_in_secret(barrier, deadline, secret, rank_0)
         except CancelledWaitError as error:
-            barrier.break_off(f"of {error}")
+            break_off(barrier, f"of {error}")
             raise
         return barrier
     except BarrierError as error:
@@ -211,63 +223,28 @@ def join(
         raise StoreConnectionError(f"the store on {where} ended: {error}") from error
 
 
-def leave(store: StoreClient, rank: int, world_size: int, deadline: Deadline) -> None:
-    """Say that this rank uses the store no more; rank 0 waits until all others have said so.
-
-    Raises:
-        BarrierError: on rank 0, when a rank did not say so in time. Where no time at all is
-            allowed, it neither waits nor raises.
-    """
-    if rank != 0:
-        # where the store is gone already, nobody waits for this
-        with suppress(DistError), quiet():
-            store.set(keys.member(rank), GONE.decode())
-            if store.add(keys.gone(), 1) == world_size - 1:
-                store.set(keys.all_gone(), "")
-        return
-    if (
-        world_size == 1
-        or deadline.allowed == 0
-        or wait_for_keys(store, [keys.all_gone()], deadline)
-    ):
-        return
-    missing = [r for r in range(1, world_size) if peek(store, keys.member(r)) != GONE]
-    raise BarrierError(
-        f"rank 0 closed the group, but waited in vain for {name_ranks(missing)} to close it: "
-        f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
-        phase="departure",
-        missing=missing,
-        elapsed=deadline.elapsed(),
-        allowed=deadline.allowed,
-        broken_by=0,
-        completed=True,
-    )
-
-
-def _meet_in_secret(
-    barrier: Barrier, rank: int, deadline: Deadline, secret: bytes, rank_0: bytes
-) -> None:
-    """Pass the first barrier, and agree on the seals of the group. See above.
+def _meet_in_secret(barrier: Barrier, deadline: Deadline, secret: bytes, rank_0: bytes) -> None:
+    """Pass the first barrier, and agree on the seals of the group.
 
     Raises:
         MessageError: someone without the secret interferes.
     """
     token = os.urandom(_TOKEN_BYTES)
     barrier.seals = Seals(secret, "creation", rank_0)
-    tokens = barrier.gather(token, deadline, each_phase=False)
+    tokens = barrier.gather(token, deadline)
     # the roll of an earlier group holds right tags, if someone plays all of it again
-    if tokens[rank] != token:
+    if tokens[barrier.rank] != token:
         raise AuthenticationError(
-            f"rank {rank} is on the roll with what it wrote for another group"
+            f"rank {barrier.rank} is on the roll with what it wrote for another group"
         )
     barrier.seals = Seals(secret, "group", *tokens)
 
 
 def _let_others_read(store: StoreClient, rank: int, world_size: int, error: BarrierError) -> None:
-    """Keep the store of rank 0 open until those who came have read why there is no group."""
+    """Keep the store of rank 0 open until the ranks that came have read why there is no group."""
     if rank != 0:
         store.set(keys.told(rank), "")
         return
     came = [keys.told(r) for r in range(1, world_size) if r not in error.missing]
     if came:
-        wait_for_keys(store, came, Deadline(_GRACE_SECONDS))
+        store.wait(came, Deadline(_GRACE_SECONDS))

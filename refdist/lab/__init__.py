@@ -1,1 +1,1 @@
-"""For notebooks: engines, figures, and a count of the keys in a store."""
+"""Tools for notebooks: engines, figures, and a count of the keys in a store."""

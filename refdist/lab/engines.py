@@ -1,11 +1,11 @@
-"""Engines of ipyparallel, started, named and stopped in one place.
+"""Engines of ipyparallel: their start, their names and their end.
 
-An engine is a process that runs what a notebook sends it. Here its id is its rank, and the cells
-marked ``%%px`` run on all engines and show their output in rank order.
+An engine is a process that runs code of a notebook. Here its id is its rank. Cells marked ``%%px``
+run on all engines and show their output in rank order.
 
 The engines run on this machine, unless the environment variable ``REFDIST_PROFILE`` names a profile
-of ipyparallel, or its folder. Then the profile's ``ipcluster_config.py`` says where and how they
-are started: by MPI, by SSH, by Slurm, or by any other launcher that ipyparallel has.
+of ipyparallel, or its folder. Then the profile's ``ipcluster_config.py`` gives their machines and
+their launcher: MPI, SSH, Slurm, or any other launcher of ipyparallel.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ from refdist.lab import engine_guard
 
 PROFILE = "REFDIST_PROFILE"
 _LOCAL = "127.0.0.1"
-_QUEUE_SECONDS = 600.0  # a cluster may let its jobs wait
+_QUEUE_SECONDS = 600.0  # a cluster may queue its jobs
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 0.5
-_GRACE_SECONDS = 5.0  # for engines to say that they are interrupted
+_GRACE_SECONDS = 5.0  # for engines to report the interrupt
 _SETTINGS = {
     "OMP_NUM_THREADS": "1",  # four engines share the few cores of a laptop
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection would fill a notebook with stack traces
@@ -54,7 +54,7 @@ _os.environ.update(_environment)
 import torch, refdist
 """
 
-# the address from which an engine reaches the controller is one that the other engines reach
+# the other engines can reach the address from which an engine reaches the controller
 _BIND_PORT = """
 import socket as _socket
 from refdist.store.listening import listen as _listen
@@ -67,35 +67,35 @@ port = listen_socket.getsockname()[1]
 
 
 class LocalEngines:
-    """``n`` engines on this machine, or on those of a profile, as an object or context manager.
+    """``n`` engines on this machine, or on a profile's, as an object or context manager.
 
     Each engine has imported torch and refdist, and has these names::
 
         rank            its id, 0 to n - 1
         world_size      n
         host            an address of rank 0's machine: 127.0.0.1 if all run on this one
-        port            a free port of it
-        listen_socket   on rank 0, a socket that is bound to it; else None
+        port            a free port of that machine
+        listen_socket   on rank 0, a socket that is bound to this port; else None
 
     In a notebook, ``%%px`` runs a cell on all of them, and Stop interrupts them. New engines take
-    over ``%%px``; those before them end with the cell, unless a variable still names them.
+    over ``%%px``. The old engines then end with the cell, unless a variable still names them.
 
-    The engines end with ``stop``, when nothing refers to this object, and at the latest a few
-    seconds after the process that started them. That goes for this machine; ``ipcluster stop``
-    ends what a killed notebook has left on others.
+    The engines end with ``stop``, or when nothing refers to this object, and at the latest a few
+    seconds after the process that started them. This holds for this machine. On others,
+    ``ipcluster stop`` ends the engines that a killed notebook has left.
 
     Args:
-        n: how many engines, at least 1.
-        timeout: seconds until starting fails; None for 60, or 600 with a profile.
-        environment: variables for the engines, besides those of this process, or on other
-            machines, besides those that the launcher sets.
+        n: number of engines, at least 1.
+        timeout: seconds until the start fails; None for 60, or 600 with a profile.
+        environment: variables for the engines, besides those of this process or, on other
+            machines, those of the launcher.
 
     Raises:
         ValueError: ``n`` is below 1.
-        TimeoutError: the engines did not all start in time. None of them is left.
+        TimeoutError: not all engines started in time. None of them is left.
     """
 
-    _of_cells: ClassVar["LocalEngines | None"] = None  # those that %%px uses
+    _of_cells: ClassVar["LocalEngines | None"] = None  # the engines that %%px uses
 
     def __init__(
         self,
@@ -108,10 +108,10 @@ class LocalEngines:
             raise ValueError(f"n={n}: must be at least 1")
         self.n = n
         self.pids: list[int] = []
-        self._local: list[bool] = []  # whether it runs on this machine
+        self._local: list[bool] = []  # whether each runs on this machine
         self._stopped = False
         self._environment = environment or {}
-        self._profile: str | None = None  # the folder of one that is ours
+        self._profile: str | None = None  # the folder of a profile that is ours
         named = os.environ.get(PROFILE)
         self._cluster = self._of_profile(named) if named else self._here()
         guard = engine_guard.start(self._cluster.cluster_id, self._profile)
@@ -133,10 +133,10 @@ class LocalEngines:
             controller_launcher_class="local",
             log_level=logging.ERROR,
             send_engines_connection_env=True,
-            cluster_file="",  # it would come back when an engine ends, and the folder with it
-            shutdown_atexit=False,  # the guard does it
+            cluster_file="",  # ipyparallel would restore it and the folder when an engine ends
+            shutdown_atexit=False,  # the guard ends the engines
         )
-        # besides this process's own
+        # besides this process's own variables
         settings = {name: os.environ.get(name, value) for name, value in _SETTINGS.items()}
         cluster.config.LocalEngineLauncher.environment = settings | self._environment
         return cluster
@@ -172,34 +172,34 @@ class LocalEngines:
         self._show_in_rank_order()
 
     def _wait_for_engines(self, end: float) -> None:
-        # ipyparallel's own raises errors that refer to this frame, and so keep this object
+        # errors of ipyparallel's own function refer to this frame, and so keep this object alive
         before = 0
         while (ready := len(self.client.ids)) < self.n:
             over = ready < before or any(map(_has_ended, self._cluster.engines.values()))
             if over or time.monotonic() >= end:
                 text = f"{ready} of {self.n} engines have started"
                 text += ", and what started them has ended" if over else ""
-                # a profile that is ours goes, and its logs with it
+                # a profile that is ours is removed with its logs
                 logs = "" if self._profile else f"; see {self._cluster.profile_dir}/log"
                 raise TimeoutError(text + logs)
             before = ready
             time.sleep(_POLL_SECONDS)
 
     def _location(self) -> str:
-        """The address of the controller, as other machines know it."""
+        """The address of the controller for other machines."""
         file = self._cluster.controller.connection_files["client"]
         told = json.loads(Path(file).read_text())
         address = str(told["interface"]).rpartition("/")[2]
         return str(told["location"]) if address in {"*", "0.0.0.0"} else address
 
     def offer_port(self, rank: int = 0) -> None:
-        """Bind a free port on one engine and tell all: ``host``, ``port`` and ``listen_socket``.
+        """Bind a free port on one engine, and set ``host``, ``port``, ``listen_socket`` on all.
 
-        Each group that lives at the same time as another needs a port of its own. Engines that
-        are dead or stopped are not told.
+        Groups that exist at the same time need different ports. Engines that are dead or stopped
+        get no values.
 
         Args:
-            rank: the engine that is to be rank 0 of the group.
+            rank: the engine that will be rank 0 of the group.
         """
         first = self._ids[rank]
         others = [self._ids[other] for other in self.answering() if other != rank]
@@ -217,9 +217,9 @@ class LocalEngines:
             The results in rank order.
 
         Raises:
-            ipyparallel.error.RemoteError: it raised on an engine; that of the lowest rank.
+            ipyparallel.error.RemoteError: it raised on an engine; the error of the lowest rank.
             ipyparallel.error.EngineError: an engine has ended, or was stopped before the call.
-            KeyboardInterrupt: so it did on the engines, after Stop or Ctrl-C.
+            KeyboardInterrupt: Stop or Ctrl-C; it is raised on the engines too.
         """
         return self._finish(
             [
@@ -239,9 +239,9 @@ class LocalEngines:
         return [rank for rank in range(len(self.pids)) if self._state(rank) is None]
 
     def _state(self, rank: int) -> str | None:
-        """What keeps an engine from answering, if anything does."""
+        """The reason why an engine cannot answer; None if it can."""
         if self._ids[rank] not in self.client.ids:
-            return _ENDED  # it may be seen so before its process is gone
+            return _ENDED  # ipyparallel may report it before the process is gone
         if not self._local[rank]:
             return None
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -251,7 +251,7 @@ class LocalEngines:
         return _ENDED
 
     def _check(self, engines: list[int], cause: BaseException | None = None) -> None:
-        """Raise an error that names the ranks that do not answer, and says what helps."""
+        """Raise an error that names the ranks that do not answer, and the remedy."""
         states = {
             rank: state
             for rank, engine in enumerate(self._ids)
@@ -278,7 +278,7 @@ class LocalEngines:
         self.client._build_targets = checked
 
     def _finish(self, results: list[Any], engines: list[int]) -> list[Any]:
-        """Wait for results of engines, and pass an interrupt on to these."""
+        """Wait for results of engines, and pass an interrupt on to them."""
         together = ipyparallel.AsyncResult.join(*results)
         try:
             while not together.wait(_LOOK_SECONDS):
@@ -312,13 +312,13 @@ class LocalEngines:
         os.kill(self.pids[rank], number)
 
     def stop(self) -> None:
-        """End the engines and their controller. Stopping again does nothing."""
+        """End the engines and their controller. A second call does nothing."""
         if self._stopped:
             return
         self._stopped = True
         try:
             if self._profile is not None:
-                self._end_all()  # ipyparallel would wait seconds for those that are stopped
+                self._end_all()  # ipyparallel would wait seconds for stopped engines
             self._cluster.stop_cluster_sync()
         finally:
             if hasattr(self, "client"):
@@ -340,19 +340,19 @@ class LocalEngines:
         return f"LocalEngines(n={self.n}, {'stopped' if self._stopped else 'running'})"
 
     def _show_in_rank_order(self) -> None:
-        """Make ``%%px`` use these engines, and show output sorted by rank and no bars."""
+        """Make ``%%px`` use these engines, and show output by rank, without bars."""
         shell = get_ipython()
         if shell is None:
             return
         self.view.activate()
         magics = shell.magics_manager.registry["ParallelMagics"]
         magics.parallel_execute = partial(_execute, self, magics)
-        # ipyparallel counts only those that have not ended: 0:2 would be 1 and 2 without 0
+        # ipyparallel counts only engines that have not ended: without 0, 0:2 would be 1 and 2
         ids = {"ids": self._ids, "all": self._ids}
         magics._eval_target_str = lambda text: eval(f"ids[{text}]" if ":" in text else text, ids)
         before, LocalEngines._of_cells = LocalEngines._of_cells, self
 
-        # IPython keeps what a cell has shown, and tracebacks, so the old ones stay referred to
+        # IPython keeps outputs and tracebacks of cells, so references to the old engines stay
         def stop_unnamed(*_: Any) -> None:
             shell.events.unregister("post_run_cell", stop_unnamed)
             names = [name for name, value in shell.user_ns.items() if value is before]
@@ -371,7 +371,7 @@ def _execute(
     save_name: str | None = None,
     **_: Any,
 ) -> Any:
-    """``%%px``. ipyparallel's own loses a KeyboardInterrupt, and raises a TimeoutError instead."""
+    """Run ``%%px``. ipyparallel's own version turns a KeyboardInterrupt into a TimeoutError."""
     result = type(magics).parallel_execute(magics, cell, block=False, save_name=save_name)
     if not (magics.view.block if block is None else block):
         return result
@@ -385,18 +385,18 @@ def _execute(
 
 
 def _has_ended(launcher: Any) -> bool:
-    # mpiexec has a process; the launchers of other kinds have none that lasts
+    # mpiexec has a process; other launchers have none that lasts
     process = getattr(launcher, "process", None)
     return launcher.state == "after" or (process is not None and not process.is_running())
 
 
 def _myself() -> tuple[int, float]:
-    """This process, as no other machine has it: its number, and when it was started."""
+    """A unique identity of this process: its pid and its start time."""
     return os.getpid(), psutil.Process().create_time()
 
 
 def _where(owner_is: tuple[int, float]) -> tuple[int, bool]:
-    """On an engine: its pid, and whether it runs on the machine of the process that started it."""
+    """The pid of this engine, and whether it runs on the machine of its owner."""
     import os
 
     import psutil

@@ -1,4 +1,4 @@
-"""Watching how many keys a store holds, from outside the group that uses it."""
+"""An observer of the number of keys in a store, outside the group that uses it."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ _PERIOD_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class KeyCount:
-    """How many keys a store held.
+    """The number of keys in a store at one moment.
 
     ``at`` is in seconds of ``time.monotonic()``, which all processes of a host share.
     """
@@ -30,11 +30,11 @@ class KeyObserver:
     As a context manager, it counts while the block runs.
 
     Args:
-        host: of the store.
-        port: of the store.
+        host: host of the store.
+        port: port of the store.
 
     Attributes:
-        counts: what was seen, in order.
+        counts: the counts so far, in order.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -46,7 +46,7 @@ class KeyObserver:
     def _count(self) -> None:
         over = False
         while not over:
-            # once more after the end, so that the last count is of then
+            # count once more after the end, for a last count from then
             over = self._over.wait(_PERIOD_SECONDS)
             try:
                 keys = self._store.num_keys()

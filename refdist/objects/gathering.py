@@ -1,81 +1,91 @@
 """A gather: a barrier to which each rank brings an object.
 
-Small objects are written on the roll of the barrier. Of a large one the roll holds the lengths, and
-the chunks have keys of their own, which the ranks read after the barrier. Each rank deletes its own
-in the next barrier, when all have arrived there and so have read them.
+Small objects are on the roll of the barrier. Of a large one the roll has the lengths, and the
+chunks have keys of their own, which the ranks read after the barrier. Each rank deletes its own
+when all have arrived at the next barrier, and so have read them.
 """
 
 from typing import Any
 
-from refdist.barrier import Barrier
-from refdist.barrier.phases import Record
+from refdist.barrier.plain import Barrier
 from refdist.deadline import Deadline
 from refdist.errors import MessageError
 from refdist.objects import encoding
-from refdist.objects.boxes import Boxes
+from refdist.objects.encoding import Decoder, Encoded
+from refdist.objects.mailbox import Mailbox
 from refdist.store import keys
-from refdist.store.client import StoreClient
 
 
 class Unusable:
-    """What a rank gave to a gather, where it is no object."""
+    """Stands for an object that could not be given or read."""
 
     def __init__(self, error: MessageError) -> None:
         self.error = error
 
 
-class Gathering:
-    """The gathers of one group, one after the other, as one of its ranks sees them."""
+def gather(
+    barrier: Barrier,
+    mailbox: Mailbox,
+    obj: Any,
+    encoded: Encoded | Exception,
+    deadline: Deadline,
+) -> list[Any | Unusable]:
+    """Bring an object, or the reason why there is none, and return the objects of all ranks.
 
-    def __init__(self, store: StoreClient, rank: int, barrier: Barrier) -> None:
-        self._boxes = Boxes(store, barrier.seals)
-        self._rank = rank
-        self._barrier = barrier
+    Returns:
+        The objects in rank order; at this rank's place, ``obj`` itself.
 
-    def gather(
-        self,
-        obj: Any,
-        encoded: encoding.Encoded | Exception,
-        deadline: Deadline,
-        record: Record | None = None,
-    ) -> list[Any | Unusable]:
-        """Bring an object, or the reason why there is none, and return what each rank brought.
-
-        Returns:
-            The objects in rank order; at this rank's place, ``obj`` itself.
-
-        Raises:
-            BarrierError, CancelledWaitError, torch.distributed.DistError: as ``Barrier.wait``.
-            MessageError: the roll holds what no rank writes.
-        """
-        number = self._barrier.generation
-        written: list[str] = []
-        if isinstance(encoded, Exception):
-            value = encoding.failure(f"rank {self._rank} had no object to give: {encoded!r}")
-        else:
-            value = encoded.value
-            own_key = keys.gathered_value(self._rank, number)
-            written = encoding.chunk_keys(own_key, encoding.lengths_of(value))
+    Raises:
+        BarrierError, CancelledWaitError, torch.distributed.DistError: as ``Barrier.wait``.
+        MessageError: there is something on the roll that no rank writes.
+    """
+    number, rank = barrier.generation, barrier.rank
+    written: list[str] = []
+    if isinstance(encoded, Exception):
+        value = encoding.failure(f"rank {rank} had no object to give: {encoded!r}")
+    else:
+        value = encoded.value
+    try:
+        if isinstance(encoded, Encoded) and encoded.count:
+            its = keys.gathered(rank, number)
+            written = [its.chunk(index) for index in range(encoded.count)]
+            mailbox.write_chunks(its, encoded, deadline)
+        values = barrier.gather(value, deadline)
+    finally:
+        if written and barrier.generation > number:
+            barrier.leftovers.add(written)
+        elif written:
+            # interrupted before all were there: the next gather has this number again
+            for key in written:
+                barrier.store.delete_key(key)
+    objects: list[Any] = []
+    for source, value in enumerate(values):
         try:
-            if not isinstance(encoded, Exception):
-                encoding.write_chunks(self._boxes, own_key, encoded, deadline)
-            values = self._barrier.gather(value, deadline, record)
-        finally:
-            if self._barrier.generation > number:
-                # a rank that comes to the next barrier has read them, or never will
-                self._barrier.delete_in_next(written)
-            else:
-                # interrupted before all were there: the next gather has this number again
-                for key in written:
-                    self._boxes.empty(key)
-        return [
-            obj if rank == self._rank else self._read(rank, number, theirs, deadline)
-            for rank, theirs in enumerate(values)
-        ]
-
-    def _read(self, rank: int, number: int, value: bytes, deadline: Deadline) -> Any | Unusable:
-        try:
-            key = keys.gathered_value(rank, number)
-            return encoding.read(self._boxes, key, value, deadline)
+            if source == rank:
+                objects.append(obj)
+                continue
+            decoder = Decoder(f"gather {number}: rank {source}", value)
+            if decoder.chunks:
+                mailbox.read_chunks(keys.gathered(source, number), decoder, deadline)
+            objects.append(decoder.decode(deadline))
         except MessageError as error:
-            return Unusable(error)
+            objects.append(Unusable(error))
+    return objects
+
+
+def try_to_encode(obj: Any) -> Encoded | Exception:
+    """An object, encoded, or the reason why it cannot be."""
+    try:
+        return encoding.encode(obj)
+    except Exception as error:
+        return error
+
+
+def usable(found: list[Any | Unusable], encoded: Encoded | Exception) -> list[Any]:
+    """The objects of a gather; raises the error of one that could not be given or read."""
+    if isinstance(encoded, Exception):
+        raise encoded
+    for other in found:
+        if isinstance(other, Unusable):
+            raise other.error
+    return found

@@ -1,18 +1,21 @@
-"""What one rank has sent and nobody has read yet, and what it has begun to read itself.
+"""Messages and broadcasts of one rank: sent, received, and expired when nobody reads them.
 
-A message is put into one box, which only its destination reads. A broadcast is put into one box for
-each reader. The chunks of a large object are written once, for all.
+An object is one value of the store. A message is deleted by its reader. A broadcast has many, and
+the simple ways fail: a copy for each reader costs the source as many requests, and a count of the
+readers costs each of them one more. So its source deletes it in a later barrier, where each rank
+says how many broadcasts it has made and received, when all have come past this one.
 
-What is still unread after a while expires: the sender takes it out and puts a note in its place, so
-that who asks for it later learns why there is nothing, instead of waiting.
+An object that is still there after a while expires: its source deletes it, and writes its number
+down, so that a rank that asks for it later learns why there is nothing, instead of waiting.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from refdist.deadline import Deadline, UserCodeError
+from refdist.barrier.plain import Barrier
+from refdist.deadline import CancelledWaitError, Deadline, UserCodeError
 from refdist.errors import (
     AuthenticationError,
     MessageError,
@@ -20,136 +23,221 @@ from refdist.errors import (
     MessageTimeoutError,
 )
 from refdist.objects import encoding
-from refdist.objects.boxes import Boxes
+from refdist.objects.encoding import Decoder, Encoded
 from refdist.store import keys
+from refdist.store.keys import ObjectKeys
+
+_EXPIRED_EACH = 64  # objects that one more may expire
+
+
+Convert = Callable[[Any], Any]
 
 
 class Mailbox:
-    """The messages and broadcasts of one rank."""
+    """The objects that a rank sends and receives.
 
-    def __init__(self, boxes: Boxes, rank: int, entries: deque[tuple[str, float]]) -> None:
-        """``entries`` gets a key and the time, monotonic, of all that is sent."""
-        self._boxes = boxes
-        self._rank = rank
-        self._entries = entries
-        self._half_read: dict[str, bytes] = {}  # taken out, but the chunks are still to be read
-        self._ended_by_user = ""  # the box whose unpickling was ended once by no Exception
-        self._large: dict[str, tuple[list[str], list[str]]] = {}  # copies and chunks, by message
+    Args:
+        barrier: of the group, which has its store, rank, seals and generation.
+        seconds: how long an unread object stays.
+        entries: gets the key of each object that is sent, and the time (monotonic).
+        sent: numbers of messages, by destination.
+        received: numbers of messages, by source.
+        broadcasts: numbers of broadcasts received, by source.
+        kept: gets each object that is received, by its source.
+    """
 
-    def send(
-        self, key: str, copies: list[str], encoded: encoding.Encoded, deadline: Deadline
+    def __init__(
+        self,
+        barrier: Barrier,
+        seconds: float,
+        entries: deque[tuple[str, float]],
+        sent: dict[int, int],
+        received: dict[int, int],
+        broadcasts: dict[int, int],
+        kept: dict[Any, Any],
     ) -> None:
-        """Put copies of an object into boxes, and its chunks, if it takes any, under ``key``.
+        self._barrier, self._store, self._rank = barrier, barrier.store, barrier.rank
+        self._seconds = seconds
+        self._entries = entries
+        self._sent, self._received, self._broadcasts = sent, received, broadcasts
+        self._kept = kept
+        self._unread: dict[str, tuple[ObjectKeys, int]] = {}  # with the number of chunks
+        self._ended_by_user = ""  # the key whose unpickling was ended once by no Exception
+
+    def send(self, encoded: Encoded, destination: int, deadline: Deadline) -> None:
+        """Send a message.
 
         Raises:
-            CancelledWaitError: the deadline was cancelled. The readers get a MessageError.
+            CancelledWaitError: the deadline was cancelled. The reader gets a MessageError.
         """
-        now = time.monotonic()
-        # an object whose sending is interrupted expires all the same
-        chunk_keys = encoding.chunk_keys(key, encoding.lengths_of(encoded.value))
-        if chunk_keys:
-            self._large[key] = copies, chunk_keys
-            self._entries.append((key, now))
-        else:
-            self._entries.extend((copy, now) for copy in copies)
-        for copy in copies:
-            self._boxes.put(copy, encoded.value)
-        encoding.write_chunks(self._boxes, key, encoded, deadline)
+        its = keys.message(self._rank, destination, self._sent[destination])
+        self._sent[destination] += 1
+        self._send(its, encoded, deadline)
 
-    def receive(
-        self,
-        box: str,
-        key: str,
-        src: int,
-        consume: Callable[[bytes | None], None],
-        deadline: Deadline,
-    ) -> Any:
-        """Take the next object of ``src`` out of its box; the chunks of a large one are under key.
+    def broadcast(self, encoded: Encoded, number: int, deadline: Deadline) -> None:
+        """Send the broadcast with this number of this rank's. Raises as ``send``."""
+        its = keys.broadcast(self._rank, number)
+        leftovers = self._barrier.leftovers
+        leftovers.add_broadcast([its.own, its.readers] if encoded.count else [its.own])
+        self._send(its, encoded, deadline)
 
-        ``consume`` gets what was in the box, or None if that has expired, or nothing if that was
-        refused, once it is of no more use. A timeout, an interrupt or a lack of room for the chunks
-        leaves it for the next call.
+    def receive(self, source: int, deadline: Deadline, convert: Convert | None) -> Any:
+        """Receive a message, and convert it.
+
+        A timeout, an interrupt or a lack of room leaves the object for the next call. An interrupt
+        that comes later leaves it in ``kept``, also for the next call.
+
+        Args:
+            source: its sender.
+            deadline: of the call.
+            convert: the object into what is returned; it may raise MessageError.
 
         Raises:
             MessageTimeoutError: it did not come in time, or not all of it.
             MessageExpiredError: it expired before this call.
-            AuthenticationError: it is not from ``src``.
+            AuthenticationError: it is not from ``source``.
             MessageError: it is no object.
             NoRoomError: there is no room for it now.
             UserCodeError: its unpickling raised something that is no Exception. The next call tries
                 again, once.
             CancelledWaitError: the deadline was cancelled.
         """
+        if source not in self._kept:
+            its = keys.message(source, self._rank, self._received[source])
+            self._kept[source] = self._take(its, source, deadline, self._end_message)
+        return self._kept[source] if convert is None else self._converted(source, convert)
+
+    def receive_broadcast(self, source: int, deadline: Deadline, convert: Convert | None) -> Any:
+        """Receive a broadcast, and convert it. As ``receive``; it is kept under a pair."""
+        name = "broadcast", source
+        if name not in self._kept:
+            its = keys.broadcast(source, self._broadcasts[source])
+            self._kept[name] = self._take(its, source, deadline, self._end_broadcast)
+        return self._kept[name] if convert is None else self._converted(name, convert)
+
+    def _converted(self, name: Any, convert: Convert) -> Any:
         try:
-            value = self._half_read.get(box) or self._boxes.take(box, deadline)
-        except AuthenticationError:
-            consume(b"")
+            return convert(self._kept[name])
+        except MessageError:
+            del self._kept[name]
             raise
-        if value is None:
-            raise MessageTimeoutError(
-                f"{box}: rank {self._rank} waited in vain for this from rank {src}: "
-                f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
-                [src],
-            )
-        # until it is of no more use, whatever ends this call
-        self._half_read[box] = value
-        try:
-            obj = encoding.read(self._boxes, key, value, deadline)
-        except MessageTimeoutError as error:
-            text = f"rank {self._rank} waited in vain for the rest from rank {src}: {error}"
-            raise MessageTimeoutError(text, [src]) from None
-        except (MessageError, UserCodeError) as error:
-            if isinstance(error, UserCodeError) and self._ended_by_user != box:
-                # perhaps a signal's handler has raised it, and not the object
-                self._ended_by_user = box
+
+    def _end_message(self, its: ObjectKeys, source: int, chunks: int) -> None:
+        """A message is of no more use in the store."""
+        self._received[source] += 1
+        for index in range(chunks):
+            self._store.delete_key(its.chunk(index))
+        self._store.delete_key(its.own)
+
+    def _end_broadcast(self, its: ObjectKeys, source: int, chunks: int) -> None:
+        """This rank needs a broadcast no more. The last reader deletes its chunks."""
+        self._broadcasts[source] += 1
+        self._barrier.leftovers.broadcasts += 1
+        if chunks and self._store.add(its.readers, 1) == self._barrier.world_size - 1:
+            for index in range(chunks):
+                self._store.delete_key(its.chunk(index))
+
+    def _send(self, its: ObjectKeys, encoded: Encoded, deadline: Deadline) -> None:
+        self.expire(deadline, 1 + _EXPIRED_EACH)
+        # an object whose sending is interrupted expires all the same
+        self._entries.append((its.own, time.monotonic()))
+        self._unread[its.own] = its, encoded.count
+        self._write(its.own, encoded.value)
+        self.write_chunks(its, encoded, deadline)
+
+    def write_chunks(self, its: ObjectKeys, encoded: Encoded, deadline: Deadline) -> None:
+        """Write the chunks of an object, if it has any. Raises as ``send``."""
+        for index, chunk in enumerate(encoded.chunks()):
+            try:
+                deadline.check()
+            except CancelledWaitError as error:
+                why = f"its writer stopped, because of {error}"
+                self._write(its.chunk(index), encoding.failure(why))
                 raise
-            del self._half_read[box]
-            consume(None if isinstance(error, MessageExpiredError) else value)
+            self._write(its.chunk(index), chunk)
+
+    def _take(
+        self,
+        its: ObjectKeys,
+        source: int,
+        deadline: Deadline,
+        end: Callable[[ObjectKeys, int, int], None],
+    ) -> Any:
+        decoder = None
+        try:
+            decoder = Decoder(its.own, self._wait_for(its.own, its, deadline))
+            if decoder.chunks:
+                self.read_chunks(its, decoder, deadline)
+            obj = decoder.decode(deadline)
+        except MessageTimeoutError as error:
+            rest = "this" if decoder is None else "the rest"
+            raise MessageTimeoutError(
+                f"{its.own}: rank {self._rank} waited in vain for {rest} from rank {source}: "
+                f"{error}",
+                [source],
+            ) from None
+        except (MessageError, UserCodeError) as error:
+            if isinstance(error, UserCodeError) and self._ended_by_user != its.own:
+                # perhaps a signal's handler has raised it, and not the object
+                self._ended_by_user = its.own
+                raise
+            end(its, source, 0 if decoder is None else decoder.chunks)
             raise
-        del self._half_read[box]
-        consume(value)
+        end(its, source, decoder.chunks)
         return obj
 
-    def delete(self, some_keys: Sequence[str]) -> None:
-        """Delete keys, each in one request."""
-        for key in some_keys:
-            self._boxes.empty(key)
+    def read_chunks(self, its: ObjectKeys, decoder: Decoder, deadline: Deadline) -> None:
+        """Read the chunks of a large object. Raises as ``receive``."""
+        for index in range(decoder.chunks):
+            key = its.chunk(index)
+            decoder.add(key, self._wait_for(key, its, deadline))
 
-    def expire(self, seconds: float, deadline: Deadline, at_most: int | None = None) -> None:
-        """Expire what was sent more than ``seconds`` ago and is unread.
+    def _wait_for(self, key: str, its: ObjectKeys, deadline: Deadline) -> bytes:
+        """The value of a key, when it is there, unless its object has expired."""
+        while (value := self._store.wait_for_value(key, deadline, once=True)) is None:
+            expired = self._look(its.expired) or b""
+            if expired.isdigit() and len(expired) < 20 and int(expired) >= its.number:
+                raise MessageExpiredError(f"{its.own}: expired unread after {self._seconds:g} s")
+            if deadline.remaining() == 0:
+                raise MessageTimeoutError(f"{deadline.elapsed():.2f} of {deadline.allowed:g} s")
+        return self._unseal(key, value)
+
+    def expire(self, deadline: Deadline, at_most: int | None = None) -> None:
+        """Expire the objects that were sent long ago and are still there.
 
         Args:
-            seconds: how long what was sent stays.
             deadline: only an interrupt ends this before the end.
-            at_most: how many entries to look at, not to be interrupted; None for all.
+            at_most: number of objects to look at, not to be interrupted; None for all.
 
         Raises:
-            CancelledWaitError: the deadline was cancelled. What is left expires the next time.
+            CancelledWaitError: the deadline was cancelled. The rest expires the next time.
         """
-        oldest_kept = time.monotonic() - seconds
-        looked_at = 0
-        while self._entries and self._entries[0][1] < oldest_kept and looked_at != at_most:
+        oldest_kept = time.monotonic() - self._seconds
+        while self._entries and self._entries[0][1] < oldest_kept and at_most != 0:
             if at_most is None:
                 deadline.check()
-            looked_at += 1
-            key, _ = self._entries.popleft()
-            if key in self._large:
-                self._expire_large(key, *self._large.pop(key), seconds)
             else:
-                self._boxes.replace(key, encoding.expired(seconds))
+                at_most -= 1
+            key, _ = self._entries.popleft()
+            its, chunks = self._unread.pop(key)
+            there = self._store.delete_key(its.own)
+            for index in range(chunks):
+                # a broadcast may be gone, and its chunks still be read
+                there |= self._store.delete_key(its.chunk(index))
+            if there:
+                self._write(its.expired, str(its.number).encode())
 
-    def _expire_large(
-        self, key: str, copies: list[str], chunk_keys: list[str], seconds: float
-    ) -> None:
-        for copy in copies:
-            self._boxes.replace(copy, encoding.expired(seconds))
-        if copies != [key]:
-            # a broadcast
-            number = int(key.rpartition("/")[2])
-            self._boxes.empty(keys.broadcast_readers(self._rank, number))
-        there = False
-        for chunk_key in chunk_keys:
-            there |= self._boxes.empty(chunk_key)
-        if there:
-            # someone may be reading them
-            encoding.write_expired(self._boxes, key, seconds)
+    def _write(self, key: str, value: bytes) -> None:
+        seals = self._barrier.seals
+        self._store.set(key, seals.seal(key, value) if seals.tag_bytes else value)
+
+    def _unseal(self, key: str, value: bytes) -> bytes:
+        seals = self._barrier.seals
+        return seals.unseal(key, value) if seals.tag_bytes else value
+
+    def _look(self, key: str) -> bytes | None:
+        value = self._store.peek(key)
+        try:
+            return None if value is None else self._unseal(key, value)
+        except AuthenticationError:
+            return None

@@ -1,11 +1,13 @@
 """Small CPU tensors as messages: copied before they are sent, checked when they come."""
 
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch.distributed import ReduceOp
 
+from refdist.checks import check_rank
 from refdist.errors import MessageError
 
 _REDUCTIONS: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -64,24 +66,85 @@ def own_copy(tensor: torch.Tensor) -> torch.Tensor:
         ) from error
 
 
-def check_like(expected: torch.Tensor, received: Any, whence: str) -> None:
+def check_like(expected: torch.Tensor, received: Any, origin: str) -> None:
     """Raise MessageError unless a tensor was received that is shaped and typed as expected."""
     if not isinstance(received, torch.Tensor):
-        raise MessageError(f"{whence} came a {type(received).__name__}, not a tensor")
+        raise MessageError(f"{origin} came a {type(received).__name__}, not a tensor")
     if (received.shape, received.dtype) != (expected.shape, expected.dtype):
         raise MessageError(
-            f"{whence} came a tensor of shape {tuple(received.shape)} and {received.dtype}, "
+            f"{origin} came a tensor of shape {tuple(received.shape)} and {received.dtype}, "
             f"but here it has shape {tuple(expected.shape)} and {expected.dtype}"
         )
 
 
-def fill(tensor: torch.Tensor, received: Any, whence: str) -> torch.Tensor:
+def fill(tensor: torch.Tensor, origin: str, received: Any) -> torch.Tensor:
     """Copy what was received into ``tensor``, and return that.
 
     Raises:
         MessageError: it has another shape or dtype, or is no tensor.
     """
-    check_like(tensor, received, whence)
+    check_like(tensor, received, origin)
     with torch.no_grad():
         tensor.copy_(received)
     return tensor
+
+
+class TensorMethods:
+    """The methods of a group for small CPU tensors, which travel as objects."""
+
+    rank: int
+    world_size: int
+    send_obj: Callable[..., None]
+    broadcast_obj: Callable[..., Any]
+    all_gather_obj: Callable[..., list[Any]]
+    _receive: Callable[..., Any]
+    _receive_broadcast: Callable[..., Any]
+
+    def send(self, tensor: torch.Tensor, dst: int) -> None:
+        """Send a small CPU tensor, of any shape and dtype, to rank ``dst``. See ``send_obj``."""
+        self.send_obj(own_copy(tensor), dst)
+
+    def recv(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """Receive a tensor from rank ``src`` into ``tensor``, and return that. See ``recv_obj``.
+
+        Raises:
+            ValueError: ``tensor`` is not on the CPU.
+            MessageError: a tensor of another shape or dtype came.
+        """
+        check_cpu(tensor)
+        filled: torch.Tensor = self._receive(src, None, partial(fill, tensor, f"from rank {src}"))
+        return filled
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """Give the tensor of rank ``src`` to every rank. See ``broadcast_obj``.
+
+        ``tensor`` has the same shape and dtype on every rank, lies on the CPU, is filled on the
+        others than ``src``, and is returned.
+        """
+        if self.rank == src:
+            self.broadcast_obj(own_copy(tensor), src)
+            return tensor
+        check_cpu(tensor)
+        src = check_rank(src, self.world_size, "src")
+        into = partial(fill, tensor, f"from rank {src}")
+        filled: torch.Tensor = self._receive_broadcast(src, None, into)
+        return filled
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any = ReduceOp.SUM) -> torch.Tensor:
+        """A new tensor: the tensors of all ranks reduced in rank order, bitwise the same for all.
+
+        Args:
+            tensor: on the CPU, the same shape and dtype on every rank; not changed.
+            op: ``ReduceOp.SUM``, ``PRODUCT``, ``MIN`` or ``MAX``.
+
+        Raises:
+            ValueError: ``op`` is another one, or ``tensor`` is not on the CPU.
+            MessageError: the tensors differ in shape or dtype.
+        """
+        combine = reduction(op)
+        own = own_copy(tensor)
+        gathered = self.all_gather_obj(own)
+        for rank, other in enumerate(gathered):
+            check_like(own, other, f"from rank {rank}")
+        result: torch.Tensor = reduce(combine, gathered)
+        return result

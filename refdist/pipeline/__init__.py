@@ -1,10 +1,10 @@
-"""Pipeline partitions: the specification's function, the field's rules, their costs, and the best.
+"""Pipeline partitions: the specification's function, the rules of engines, costs, and the best.
 
 ``specification`` has ``get_pp_indices``. ``rules`` has the rules that engines use, and ``balance``
-the programme behind one of them. ``models`` and ``catalog`` have models and devices as data,
-``cost`` says what a partition costs on them, and ``best`` finds the one that costs least.
-``compare`` puts all of them side by side, and ``measured`` holds the cost model against a
-measurement. ``python -m refdist.pipeline`` prints a comparison.
+has the dynamic programme of one rule. ``models`` and ``catalog`` have models and devices as data.
+``cost`` computes the costs of a partition, and ``best`` finds the best partition. ``compare``
+shows all of them side by side. ``measured`` compares the cost model with a measurement.
+``python -m refdist.pipeline`` prints a comparison.
 """
 
 from refdist.pipeline.best import OBJECTIVES, BestPartition, best_partition

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def _number(
     kind: type[int] | type[float], fits: Callable[[float], bool], rule: str
 ) -> Callable[[str], float]:
-    """What reads the text of an argument. Argparse puts the option's name before the error."""
+    """Return a parser for an argument. Argparse puts the option's name before the error."""
 
     def read(text: str) -> float:
         number = kind(text)
@@ -75,7 +75,7 @@ def _number(
             raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
         return number
 
-    read.__name__ = kind.__name__  # which argparse says where the text is no number
+    read.__name__ = kind.__name__  # argparse shows it if the text is not a number
     return read
 
 

@@ -1,9 +1,9 @@
-"""Cutting a row of weights into parts as DeepSpeed does: by a dynamic programme over prefixes.
+"""DeepSpeed's way to cut a row of weights into parts: a dynamic programme over prefixes.
 
-The programme extends the best cut of each prefix by one part at a time. It keeps one cut a prefix,
-the one whose heaviest and lightest part differ least. That is not always a prefix of the best cut
-of the whole row, since a part that comes later may be heavier or lighter than all of them. So the
-result is good and not always the least difference; the tests show rows where it is not.
+The programme extends the best cut of each prefix by one part at a time. For each prefix, it keeps
+the cut whose heaviest and lightest part differ least. This cut is not always a prefix of the best
+cut of the whole row, because a later part may be heavier or lighter than all of its parts. So the
+result is good, but its difference is not always the least. The tests show rows where it is not.
 """
 
 from functools import lru_cache
@@ -12,16 +12,15 @@ import torch
 
 
 def balanced_cuts(weights: tuple[float, ...], parts: int) -> list[int]:
-    """Where to cut.
+    """Cut a row of weights into parts.
 
     Args:
-        weights: of the items, each at least 0.
-        parts: how many, at least 1. With no more items than parts, each item is a part, and the
-            last parts are empty.
+        weights: weights of the items, each at least 0.
+        parts: number of parts, at least 1. With no more items than parts, each item is a part, and
+            the last parts are empty.
 
     Returns:
-        ``parts + 1`` numbers: part ``i`` holds the items from the ``i``-th of them up to, and
-        without, the next.
+        ``parts + 1`` positions ``p``: part ``i`` holds the items ``p[i]`` to ``p[i + 1] - 1``.
 
     Source: ``partition_balanced`` in DeepSpeed's ``deepspeed/runtime/utils.py``.
     """
@@ -31,14 +30,14 @@ def balanced_cuts(weights: tuple[float, ...], parts: int) -> list[int]:
 
 
 class _Programme:
-    """One row of weights; a table for each number of parts, made when it is first asked for."""
+    """One row of weights, with a table for each number of parts, made at its first use."""
 
     def __init__(self, weights: tuple[float, ...]) -> None:
         sums = torch.tensor([0.0, *weights], dtype=torch.float64).cumsum(0)
         ends = torch.arange(len(sums))
-        self._weight = sums[:, None] - sums[None, :]  # of the items from column up to row
+        self._weight = sums[:, None] - sums[None, :]  # of the items from column to row - 1
         self._backwards = ends[None, :] >= ends[:, None]
-        # of the best cut of each prefix, so far into no parts: only the empty prefix has one
+        # of the best cut of each prefix; with no parts yet, only the empty prefix has a cut
         self._heaviest = torch.where(ends == 0, 0.0, torch.inf).double()
         self._lightest = torch.full_like(self._heaviest, torch.inf)
         self._last_cuts: list[list[int]] = []
@@ -55,7 +54,7 @@ class _Programme:
         heaviest = torch.maximum(self._heaviest[None, :], self._weight)
         lightest = torch.minimum(self._lightest[None, :], self._weight)
         difference = (heaviest - lightest).masked_fill(self._backwards, torch.inf)
-        # of equal cuts the last one, as there
+        # DeepSpeed takes the last of equal cuts
         cut = difference.shape[1] - 1 - difference.flip(1).argmin(1)
         reached = difference.gather(1, cut[:, None])[:, 0].isfinite()
         self._heaviest = heaviest.gather(1, cut[:, None])[:, 0].where(reached, torch.inf)

@@ -1,4 +1,4 @@
-"""The partition that no other beats, under the cost model."""
+"""The best partition under the cost model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from refdist.pipeline.serving import Serving
 from refdist.pipeline.specification import PARTITION_VARIABLE
 
 OBJECTIVES = ("kv_blocks", "prefill", "decode", "mix")
-"""What can be asked for by name."""
+"""The objectives that have a name."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class BestPartition:
 
     @property
     def value(self) -> str:
-        """For ``VLLM_PP_LAYER_PARTITION``: the number of layers of each stage."""
+        """The value for ``VLLM_PP_LAYER_PARTITION``: the number of layers of each stage."""
         return ",".join(str(len(stage)) for stage in self.stages)
 
     @property
     def environment(self) -> dict[str, str]:
-        """For ``os.environ.update``."""
+        """The setting for ``os.environ.update``."""
         return {PARTITION_VARIABLE: self.value}
 
     def __str__(self) -> str:
@@ -48,20 +48,20 @@ def best_partition(
     objective: str | Mapping[str, float] = "mix",
     serving: Serving | None = None,
 ) -> BestPartition:
-    """The best partition of a model on ``pp_size`` equal devices, each with a layer at least.
+    """The best partition of a model on ``pp_size`` equal devices, each with at least one layer.
 
     Args:
-        model: what is cut.
-        device: on which each stage runs.
+        model: the model to cut.
+        device: the device of each stage.
         pp_size: number of stages.
         objective: ``"kv_blocks"`` for the largest cache; ``"prefill"`` or ``"decode"`` for tokens a
-            second of the full pipeline; ``"mix"`` for requests a second, each with the tokens that
-            ``serving`` says; or weights such as ``{"prefill": 4, "decode": 1}``, for requests with
+            second of the full pipeline; ``"mix"`` for requests a second, with the tokens of
+            ``serving``; or weights such as ``{"prefill": 4, "decode": 1}``, for requests with
             tokens in that ratio.
-        serving: how the model is served; None for ``Serving()``.
+        serving: serving settings; None for ``Serving()``.
 
     Returns:
-        Of all partitions that are equally good, the one with the most even numbers of layers.
+        The best partition. Of equally good ones, it has the most even numbers of layers.
 
     Raises:
         ValueError: there are fewer layers than stages, the objective is unknown, or no partition
@@ -82,7 +82,7 @@ def best_partition(
 
 
 def _weights(objective: str | Mapping[str, float], serving: Serving) -> dict[str, float] | None:
-    """Tokens of prefill and decode that count; None where blocks do."""
+    """The weights of prefill and decode tokens; None if the blocks count."""
     if isinstance(objective, str):
         named: dict[str, dict[str, float] | None] = {
             "kv_blocks": None,

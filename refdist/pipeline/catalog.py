@@ -1,4 +1,4 @@
-"""The models and devices that the study is about, by name."""
+"""The models and devices of the study, by name."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,15 +11,15 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, or another processor, as the roofline sees it.
+    """A GPU or another processor, with the numbers for the roofline.
 
     Attributes:
-        name: how it is asked for.
-        memory_bytes: what its driver says it has.
+        name: name of the device.
+        memory_bytes: memory that its driver reports.
         flops_per_second: peak of dense matrix products in bfloat16, with sums in float32.
-        fp8_flops_per_second: the same in FP8, or None where the device has no such products.
+        fp8_flops_per_second: the same in FP8; None if the device has no FP8 products.
         bytes_per_second: peak bandwidth of its memory.
-        source: where the numbers are from.
+        source: source of the numbers.
     """
 
     name: str
@@ -105,7 +105,7 @@ def find_model(name: str) -> Model:
     """The model of that name.
 
     Raises:
-        ValueError: there is none here; the text lists those that there are.
+        ValueError: no model has this name; the text lists all names.
     """
     return _find(MODELS, "model", name)
 
@@ -114,7 +114,7 @@ def find_device(name: str) -> Device:
     """The device of that name.
 
     Raises:
-        ValueError: there is none here; the text lists those that there are.
+        ValueError: no device has this name; the text lists all names.
     """
     return _find(DEVICES, "device", name)
 

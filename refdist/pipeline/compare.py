@@ -22,16 +22,16 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class Assessment:
-    """What the cost model says of one partition.
+    """The cost model's numbers for one partition.
 
     Attributes:
-        rule: where the partition is from.
-        stages: the layers of each stage; none if the rule refused.
-        kv_blocks: of the pipeline; 0 if a stage has no room.
-        prefill_tokens_per_second: of a pipeline that is always full.
+        rule: name of the partition's rule.
+        stages: the layers of each stage; empty if the rule refused.
+        kv_blocks: blocks of the pipeline; 0 if a stage has no room.
+        prefill_tokens_per_second: rate of a pipeline that is always full.
         decode_tokens_per_second: the same, with as many requests as the cache has room for.
-        requests_per_second: with both in turn.
-        remarks: why the rule refused, or what is wrong with its answer.
+        requests_per_second: rate with both in turn.
+        remarks: reason why the rule refused, or faults of its answer.
     """
 
     rule: str
@@ -51,7 +51,7 @@ class Assessment:
 def assess(
     rule: str, model: Model, device: Device, stages: Sequence[range], serving: Serving
 ) -> Assessment:
-    """What the cost model says of a partition. ``rule`` is the name for it."""
+    """Assess a partition with the cost model. ``rule`` is its name."""
     blocks = kv_blocks(model, device, stages, serving)
     remarks = faults(stages, model.num_hidden_layers)
     if not blocks:
@@ -74,9 +74,9 @@ def compare(
     objective: str | Mapping[str, float] = "mix",
     serving: Serving | None = None,
 ) -> list[Assessment]:
-    """Every rule, and last the best partition for the objective. See ``best_partition``.
+    """Assess every rule, then the best partition for the objective. See ``best_partition``.
 
-    A rule that refuses has no stages, and its reason as remark.
+    The row of a rule that refuses has no stages, and the reason as a remark.
 
     Raises:
         ValueError: an argument is out of its range, or there is no best partition.
@@ -96,7 +96,7 @@ def compare(
 
 
 def table(rows: Sequence[Assessment]) -> str:
-    """The rows as text, each with its blocks and rates, and how they compare with the first's."""
+    """The rows as text: blocks and rates of each, with their ratios to the first row's."""
     stages = [shortened(row.layers_per_stage) for row in rows]
     width = max(len("layers"), *map(len, stages))
     lines = [

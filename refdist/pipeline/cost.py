@@ -1,17 +1,17 @@
-"""What a partition costs: memory, key-value blocks, and time by roofline, stage by stage.
+"""The costs of a partition, stage by stage: memory, key-value blocks, and time by roofline.
 
-The model of a pipeline that serves a language model, with nothing fitted:
+This is a model of a pipeline that serves a language model. Nothing in it is fitted:
 
-- The first stage also holds the embedding, the last one the final norm and the head. Tied
-  embeddings are on both.
-- What the weights leave of a stage's room is for the key-value cache. A request needs its blocks on
+- The first stage also holds the embedding. The last stage also holds the final norm and the head.
+  Both hold tied embeddings.
+- The key-value cache has the room that the weights leave on a stage. A request needs its blocks on
   every stage, so the stage with the fewest blocks decides for all.
 - A stage takes the time of its work at the device's peak, or the time to read its weights and
-  cache at the peak bandwidth, whichever is longer. Looking a token up in the embedding is free.
-- In a full pipeline the slowest stage sets the pace. As many micro-batches as stages are under way
-  and share the cache. Sending activations is free.
+  cache at the peak bandwidth, whichever is longer. Embedding lookups are free.
+- In a full pipeline, the slowest stage sets the pace. The pipeline holds as many micro-batches as
+  stages, and they share the cache. Sending activations is free.
 
-A real engine reaches a part of the peaks only. So ratios between partitions mean more than seconds.
+A real engine reaches only a part of the peaks. So ratios between partitions mean more than seconds.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from refdist.pipeline.serving import Serving
 
 
 def room_bytes(device: Device, serving: Serving) -> float:
-    """What weights and key-value cache of a stage may take."""
+    """Bytes that weights and key-value cache of a stage may take."""
     return serving.memory_share * device.memory_bytes - serving.reserved_bytes
 
 
 def weight_bytes(model: Model, layers: range, first: bool, last: bool, serving: Serving) -> float:
-    """Of one stage, with the embedding if it is the first, and norm and head if it is the last.
+    """Weight bytes of one stage, with the embedding on the first, norm and head on the last.
 
     A pipeline of one stage holds tied embeddings once.
     """
@@ -41,16 +41,16 @@ def weight_bytes(model: Model, layers: range, first: bool, last: bool, serving: 
 
 
 def kv_bytes_per_token(model: Model, layers: range, serving: Serving) -> float:
-    """What the layers of a stage cache for a token."""
+    """Bytes that the layers of a stage cache for a token."""
     return len(layers) * model.attention.kv_elements * serving.bytes_per_kv_element
 
 
 def stage_kv_blocks(
     model: Model, device: Device, layers: range, first: bool, last: bool, serving: Serving
 ) -> float:
-    """Blocks of the key-value cache for which one stage has room; below 0 if not for its weights.
+    """Blocks of the key-value cache that fit on one stage; below 0 if its weights do not fit.
 
-    A stage without layers caches nothing and has room for any number, if it has for its weights.
+    A stage without layers caches nothing, so any number of blocks fits if its weights fit.
     """
     left = room_bytes(device, serving) - weight_bytes(model, layers, first, last, serving)
     block_bytes = kv_bytes_per_token(model, layers, serving) * serving.block_tokens
@@ -60,7 +60,7 @@ def stage_kv_blocks(
 
 
 def roofline_seconds(flops: float, num_bytes: float, device: Device, serving: Serving) -> float:
-    """The longer of computing and reading, each at its peak; in FP8 where both can."""
+    """The longer time of computing and reading at the peaks; FP8 if weights and device allow it."""
     peak = device.flops_per_second
     if serving.bytes_per_weight <= 1 and device.fp8_flops_per_second is not None:
         peak = device.fp8_flops_per_second
@@ -72,7 +72,7 @@ def stage_prefill_seconds(
 ) -> float:
     """Time of one stage for a micro-batch of ``chunk_tokens`` tokens of prompts.
 
-    A token looks at half of its prompt, on average.
+    A token attends to half of its prompt, on average.
     """
     tokens = serving.chunk_tokens
     pairs = tokens * serving.prompt_tokens / 2
@@ -119,7 +119,7 @@ def weight_bytes_per_stage(model: Model, stages: Sequence[range], serving: Servi
 def kv_blocks_per_stage(
     model: Model, device: Device, stages: Sequence[range], serving: Serving
 ) -> list[float]:
-    """Blocks of the key-value cache for which each stage has room."""
+    """Blocks of the key-value cache that fit on each stage."""
     return [
         stage_kv_blocks(model, device, layers, *_place(number, stages), serving)
         for number, layers in enumerate(stages)
@@ -152,14 +152,14 @@ def decode_seconds_per_stage(
 
 
 def sequences_per_micro_batch(blocks: float, pp_size: int, serving: Serving) -> float:
-    """Requests in each of ``pp_size`` micro-batches that share the cache. A mean, so no integer."""
+    """Requests in each of ``pp_size`` micro-batches that share the cache. It is a mean."""
     return blocks * serving.block_tokens / serving.mean_context_tokens / pp_size
 
 
 def batch_seconds(stage_seconds: Sequence[float], micro_batches: int) -> float:
     """Time until ``micro_batches`` have passed all stages, each as soon as it can.
 
-    The first passes every stage; the others follow it at the pace of the slowest one.
+    The first passes every stage. The others follow at the pace of the slowest stage.
     """
     return sum(stage_seconds) + (micro_batches - 1) * max(stage_seconds)
 
@@ -167,8 +167,8 @@ def batch_seconds(stage_seconds: Sequence[float], micro_batches: int) -> float:
 def bubble_share(stage_seconds: Sequence[float], micro_batches: int) -> float:
     """Share of the stages' time in which they wait.
 
-    For equal stages it is ``(P - 1) / (M + P - 1)``. For others it is more, and does not vanish
-    with many micro-batches.
+    For equal stages it is ``(P - 1) / (M + P - 1)``. For unequal stages it is more, and does not
+    vanish with many micro-batches.
     """
     busy = micro_batches * sum(stage_seconds)
     return 1 - busy / len(stage_seconds) / batch_seconds(stage_seconds, micro_batches)
@@ -202,9 +202,9 @@ def decode_tokens_per_second(
 def requests_per_second(
     model: Model, device: Device, stages: Sequence[range], serving: Serving
 ) -> float:
-    """Requests a second, where every stage works on prompts and on answers in turn.
+    """Requests a second, if every stage works on prompts and on answers in turn.
 
-    A stage spends on a request its share of prefill and of decode; the slowest stage sets the pace.
+    For a request, each stage does its share of prefill and decode. The slowest stage sets the pace.
     """
     blocks = kv_blocks(model, device, stages, serving)
     sequences = sequences_per_micro_batch(blocks, len(stages), serving)

@@ -1,4 +1,4 @@
-"""The cost model held against what the field has measured."""
+"""The cost model, compared with a published measurement."""
 
 from dataclasses import dataclass, replace
 
@@ -21,13 +21,13 @@ class MeasuredCase:
     """One model on one machine, run twice with different partitions.
 
     Attributes:
-        model: what was served.
-        device: of each stage.
-        serving: how it was served, as far as it is known.
+        model: the model that was served.
+        device: the device of each stage.
+        serving: its serving settings, as far as known.
         stages: the layers of each stage, in the first run and in the second.
-        kv_blocks: blocks of the key-value cache that the engine reported in each.
-        seconds: end to end, in each.
-        source: where the measurement is from.
+        kv_blocks: blocks of the key-value cache that the engine reported in each run.
+        seconds: time of each run, end to end.
+        source: source of the measurement.
     """
 
     model: Model
@@ -41,14 +41,14 @@ class MeasuredCase:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What of a measured case the cost model explains. Gains are the second run over the first.
+    """The cost model's prediction of a case. Gains are the second run over the first.
 
     Attributes:
-        room_gib: for weights and cache of a stage.
-        kv_blocks: of each run, as predicted.
-        kv_gain: of blocks, as predicted.
-        prefill_gain: of prefill throughput, as predicted.
-        decode_gain: of decode throughput, as predicted.
+        room_gib: room for weights and cache of a stage, in GiB.
+        kv_blocks: predicted blocks of each run.
+        kv_gain: predicted gain of blocks.
+        prefill_gain: predicted gain of prefill throughput.
+        decode_gain: predicted gain of decode throughput.
     """
 
     room_gib: float
@@ -63,7 +63,7 @@ _LLAMA_70B = MODELS["llama-3.1-70b"]
 VLLM_PR_6920 = MeasuredCase(
     model=_LLAMA_70B,  # Llama 3 and 3.1 have the same sizes
     device=DEVICES["l4"],
-    # prompts and answers are not reported; these are usual for the summaries of that data set
+    # token counts were not reported; these are usual for summaries of that data set
     serving=Serving(prompt_tokens=900, output_tokens=100, bytes_per_weight=1),
     stages=(
         remainder_last(_LLAMA_70B.num_hidden_layers, 8),
@@ -75,13 +75,13 @@ VLLM_PR_6920 = MeasuredCase(
     "of CNN/DailyMail, even against lighter ends. Its text does not give the second partition, "
     "which is what its code returned.",
 )
-"""The measurement that made the field look at partitions."""
+"""The measurement that drew attention to partitions."""
 
 
 def fitted_room_bytes(case: MeasuredCase, run: int = 0) -> float:
-    """The room of a stage with which the cost model gives the blocks that one run reported.
+    """The room of a stage for which the cost model predicts the blocks that one run reported.
 
-    It is the one number that is fitted: the fullest stage with its weights and so many blocks.
+    It is the one fitted number: the bytes of weights and reported blocks on the fullest stage.
     """
     stages, serving = case.stages[run], case.serving
     tokens = case.kv_blocks[run] * serving.block_tokens
@@ -96,8 +96,8 @@ def explain(case: MeasuredCase, room: float | None = None) -> Explanation:
     """Predict both runs.
 
     Args:
-        case: what was measured.
-        room: bytes of a stage for weights and cache; None for what the device has.
+        case: the measured case.
+        room: bytes of a stage for weights and cache; None for the device's own.
     """
     serving = case.serving
     if room is not None:
@@ -115,10 +115,10 @@ def explain(case: MeasuredCase, room: float | None = None) -> Explanation:
 
 
 def prefill_share(case: MeasuredCase, explanation: Explanation) -> float:
-    """The share of prefill in the first run's time with which the gains give the second's.
+    """The share of prefill in the first run's time for which the gains give the second's time.
 
-    A second fitted number, and nothing is left then to test it on. Outside 0..1 the gains cannot
-    explain the times.
+    It is a second fitted number, and no data is left to test it on. If it is outside 0..1, the
+    gains cannot explain the times.
     """
     before, after = case.seconds
     in_prefill, in_decode = 1 / explanation.prefill_gain, 1 / explanation.decode_gain

@@ -1,8 +1,8 @@
 """Models as data: the sizes from which parameters, memory and work follow.
 
-Every size is from the model's published ``config.json``; ``source`` names the repository. The
-parameters that follow from the sizes are compared by test with ``published_parameters``, those of
-the published weights, and agree to the last one.
+Every size is from the model's published ``config.json``; ``source`` names the repository. A test
+compares the number of parameters from the sizes with ``published_parameters``, their number in the
+published weights. Both are equal.
 """
 
 from dataclasses import dataclass
@@ -26,31 +26,31 @@ class GroupedQueryAttention:
     head_norms: bool = False
 
     def parameters(self, hidden_size: int) -> int:
-        """Of a layer: the projections of queries, keys, values and output, and the norms."""
+        """Parameters of a layer: projections of queries, keys, values and output, and norms."""
         heads = 2 * self.num_heads + 2 * self.num_kv_heads
         return hidden_size * heads * self.head_size + 2 * self.head_size * self.head_norms
 
     @property
     def kv_elements(self) -> int:
-        """What a layer caches for a token."""
+        """Elements that a layer caches for a token."""
         return 2 * self.num_kv_heads * self.head_size
 
     @property
     def flops_per_pair(self) -> int:
-        """Work for a query token and a token that it looks at: the score, and the sum of values."""
+        """Work for a query token and a token that it attends to: score and sum of values."""
         return 4 * self.num_heads * self.head_size
 
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """DeepSeek's multi-head latent attention: what is cached is one compressed vector a token.
+    """DeepSeek's multi-head latent attention. It caches one compressed vector a token.
 
     Attributes:
         num_heads: query heads.
         query_rank: elements of the compressed query.
         kv_rank: elements of the compressed keys and values.
         nope_size: elements of a query or key without position.
-        rope_size: elements of one with position; the key's is shared by all heads.
+        rope_size: elements of one with position; all heads share the key's.
         value_size: elements of a value.
     """
 
@@ -62,7 +62,7 @@ class LatentAttention:
     value_size: int
 
     def parameters(self, hidden_size: int) -> int:
-        """Of a layer: the projections down and up, the output, and the norms between."""
+        """Parameters of a layer: projections down and up, the output, and the norms between."""
         query = self.query_rank * (hidden_size + self.num_heads * (self.nope_size + self.rope_size))
         keys_and_values = hidden_size * (self.kv_rank + self.rope_size)
         keys_and_values += self.kv_rank * self.num_heads * (self.nope_size + self.value_size)
@@ -71,36 +71,36 @@ class LatentAttention:
 
     @property
     def kv_elements(self) -> int:
-        """What a layer caches for a token."""
+        """Elements that a layer caches for a token."""
         return self.kv_rank + self.rope_size
 
     @property
     def flops_per_pair(self) -> int:
-        """Work for a query token and a token that it looks at, in the compressed space."""
+        """Work for a query token and a token that it attends to, in the compressed space."""
         return 2 * self.num_heads * (2 * self.kv_rank + self.rope_size)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder of a language model. Its layers are alike, but for the first ``dense_layers``.
+    """A decoder of a language model. All layers except the first ``dense_layers`` are alike.
 
     Attributes:
-        name: how it is asked for.
-        num_hidden_layers: its layers.
+        name: name of the model.
+        num_hidden_layers: number of layers.
         hidden_size: elements of an activation.
         intermediate_size: elements inside the feed-forward part, or inside each expert.
-        attention: of every layer.
+        attention: the attention of every layer.
         vocab_size: rows of the embedding and of the head.
         tied_embeddings: whether the head is the embedding's own matrix.
-        num_experts: experts of a layer; 0 where the feed-forward part is one.
-        experts_per_token: how many of them a token uses.
-        shared_experts: experts besides them, which every token uses.
-        dense_layers: the first layers, which have no experts.
+        num_experts: experts of a layer; 0 if it has a plain feed-forward part.
+        experts_per_token: number of experts that a token uses.
+        shared_experts: further experts, which every token uses.
+        dense_layers: number of layers at the start, which have no experts.
         dense_intermediate_size: elements inside their feed-forward part.
         norms_per_layer: norms of ``hidden_size`` elements in a layer.
         router_bias: whether the router has a bias for each expert.
-        published_parameters: how many the published weights of these parts have.
-        source: where the numbers are from.
+        published_parameters: parameters in the published weights of these parts.
+        source: source of the numbers.
     """
 
     name: str
@@ -122,12 +122,12 @@ class Model:
 
     @cached_property
     def embedding_parameters(self) -> int:
-        """Of the input embedding; of the head's matrix as many."""
+        """Parameters of the input embedding. The head's matrix has as many."""
         return self.vocab_size * self.hidden_size
 
     @cached_property
     def head_parameters(self) -> int:
-        """Of the final norm and the head, which a stage must hold even where they are tied."""
+        """Parameters of final norm and head. A stage must hold them even if they are tied."""
         return self.hidden_size + self.embedding_parameters
 
     @cached_property
@@ -145,13 +145,13 @@ class Model:
         return self._common_parameters + 3 * self.hidden_size * size
 
     def _expert_layer_parameters(self, experts: float) -> float:
-        """Of a layer with experts, where ``experts`` of those to choose from count."""
+        """Parameters of a layer with experts, if ``experts`` of them count besides shared ones."""
         router = (self.hidden_size + self.router_bias) * self.num_experts
         experts_in_all = experts + self.shared_experts
         return self._common_parameters + router + experts_in_all * self._expert_parameters
 
     def dense_among(self, layers: range) -> int:
-        """How many of the layers have no experts."""
+        """Number of the layers that have no experts."""
         first = self.dense_layers if self.num_experts else self.num_hidden_layers
         return max(0, min(layers.stop, first) - layers.start)
 
@@ -159,8 +159,8 @@ class Model:
         """Parameters of some layers.
 
         Args:
-            layers: which.
-            experts: how many experts of a layer count, besides the shared ones; None for all.
+            layers: the layers.
+            experts: experts of a layer that count, besides the shared ones; None for all.
         """
         dense = self.dense_among(layers)
         counted = self.num_experts if experts is None else experts
@@ -168,10 +168,10 @@ class Model:
         return dense * self._dense_layer_parameters + with_experts
 
     def experts_touched(self, tokens: float) -> float:
-        """How many experts of a layer a batch of tokens uses, if each token draws them at random.
+        """Mean number of experts of a layer that a batch uses, if tokens draw them at random.
 
-        One that a token misses with probability ``1 - experts_per_token / num_experts`` is missed
-        by all of them with that to the power of their number.
+        A token misses an expert with probability ``1 - experts_per_token / num_experts``. All
+        tokens miss it with this probability to the power ``tokens``.
         """
         if not self.num_experts:
             return 0.0
@@ -180,12 +180,12 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, each counted once."""
+        """Parameters of the whole model, each counted once."""
         ends = self.head_parameters + (0 if self.tied_embeddings else self.embedding_parameters)
         return round(self.layer_parameters(range(self.num_hidden_layers))) + ends
 
     @property
     def weights(self) -> list[float]:
-        """Parameters of the embedding, of each layer, and of norm and head: for the rules."""
+        """Parameters of the embedding, each layer, and norm and head, as weights for the rules."""
         layers = [self.layer_parameters(range(i, i + 1)) for i in range(self.num_hidden_layers)]
         return [self.embedding_parameters, *layers, self.head_parameters]

@@ -1,9 +1,9 @@
-"""The rules by which engines cut a model into pipeline stages, each under its field's name.
+"""The rules by which engines cut a model into pipeline stages, each under its usual name.
 
-Every rule is a pure function with one signature, ``rule(num_hidden_layers, pp_size, weights)``, and
+Every rule is a pure function with one signature, ``rule(num_hidden_layers, pp_size, weights)``. It
 returns the layers of each stage in order, as ranges. Only ``by_weight`` reads the weights. A rule
-that cannot divide the layers raises a ValueError; one that leaves a stage without layers returns an
-empty range, and ``faults`` says so in words.
+that cannot divide the layers raises a ValueError. A stage without layers is an empty range, and
+``faults`` reports it in words.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from refdist.pipeline.specification import spread_remainder
 
 
 class Rule(Protocol):
-    """What every rule is."""
+    """The signature of every rule."""
 
     def __call__(
         self, num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
@@ -26,14 +26,14 @@ class Rule(Protocol):
         Args:
             num_hidden_layers: layers of the model, at least 0.
             pp_size: number of stages, at least 1.
-            weights: of the embedding, of each layer, and of the norm and head together:
-                ``num_hidden_layers + 2`` numbers of any unit. None weighs each of them 1.
+            weights: weights of the embedding, of each layer, and of norm and head together:
+                ``num_hidden_layers + 2`` numbers in any unit. None weighs each of them 1.
 
         Returns:
             The layers of each stage, in order.
 
         Raises:
-            ValueError: an argument is out of its range, or the rule has no answer to it.
+            ValueError: an argument is out of its range, or the rule has no answer.
         """
         ...
 
@@ -41,9 +41,9 @@ class Rule(Protocol):
 def specification(
     num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
 ) -> list[range]:
-    """The remainder goes to the stages before the last, backwards. The rule of ``get_pp_indices``.
+    """The remainder goes to the stages before the last, backwards, as in ``get_pp_indices``.
 
-    Used by vLLM since pull request 13839. Called "middle" where stages 0 and P - 1 get none.
+    vLLM uses it since pull request 13839. It is called "middle" if stages 0 and P - 1 get none.
     """
     _divide(num_hidden_layers, pp_size)
     return _ranges(spread_remainder(num_hidden_layers, pp_size))
@@ -54,7 +54,7 @@ def remainder_last(
 ) -> list[range]:
     """The whole remainder goes to the last stage.
 
-    Used by vLLM before pull request 13839, and by SGLang and TensorRT-LLM at first.
+    vLLM used it before pull request 13839; SGLang and TensorRT-LLM used it at first.
     """
     quotient, remainder = _divide(num_hidden_layers, pp_size)
     return _ranges([quotient] * (pp_size - 1) + [quotient + remainder])
@@ -63,9 +63,9 @@ def remainder_last(
 def front(
     num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
 ) -> list[range]:
-    """One layer more for each of the first stages, as ``torch.tensor_split`` does it.
+    """Each of the first stages gets one layer more, as in ``torch.tensor_split``.
 
-    Used by TensorRT-LLM, which refuses more stages than layers, and by picotron.
+    TensorRT-LLM and picotron use it. TensorRT-LLM refuses more stages than layers.
     """
     quotient, remainder = _divide(num_hidden_layers, pp_size)
     return _ranges(quotient + (stage < remainder) for stage in range(pp_size))
@@ -74,9 +74,9 @@ def front(
 def end(
     num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
 ) -> list[range]:
-    """One layer more for each of the last stages.
+    """Each of the last stages gets one layer more.
 
-    Used by SGLang since pull request 13977, and proposed for vLLM in pull request 46217.
+    SGLang uses it since pull request 13977. Pull request 46217 proposes it for vLLM.
     """
     quotient, remainder = _divide(num_hidden_layers, pp_size)
     return _ranges(quotient + (stage >= pp_size - remainder) for stage in range(pp_size))
@@ -85,14 +85,14 @@ def end(
 def lighter_ends(
     num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
 ) -> list[range]:
-    """The first and the last stage give layers up, and each stage between takes one more.
+    """The first and the last stage get fewer layers, and each stage between gets one more.
 
-    What remains is dealt out one by one, from the last stage backwards. From vLLM pull request
-    6920, as ``less_layer_in_first_last_partition``; it was never the default.
+    The remaining layers go out one by one, from the last stage backwards. The rule is
+    ``less_layer_in_first_last_partition`` of vLLM pull request 6920. It was never the default.
 
     Raises:
-        ValueError: the ends would hold fewer than no layers; or the number of stages is odd and
-            divides the layers, when the rule deals out one layer more than there is.
+        ValueError: an end would hold fewer than 0 layers; or the number of stages is odd and
+            divides the layers, so that the rule would use one layer too many.
     """
     quotient, _ = _divide(num_hidden_layers, pp_size)
     if pp_size <= 2:
@@ -116,9 +116,9 @@ def lighter_ends(
 def embedding_and_head_counted(
     num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
 ) -> list[range]:
-    """The embedding and the head count as a layer each, and what remains goes to the front.
+    """The embedding and the head count as a layer each. The remainder goes to the front.
 
-    Used by torchtitan. With as many stages as layers and ends, the ends hold no layer.
+    Torchtitan uses it. With as many stages as layers and ends, the ends hold no layer.
 
     Raises:
         ValueError: there are more stages than layers and ends.
@@ -135,9 +135,9 @@ def embedding_and_head_counted(
 def embedding_and_head_divisible(
     num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
 ) -> list[range]:
-    """The embedding and the head count as a layer each, and nothing may remain.
+    """The embedding and the head count as a layer each. A remainder is refused.
 
-    Used by Megatron-core with ``account_for_embedding_in_pipeline_split`` and
+    Megatron-core uses it with ``account_for_embedding_in_pipeline_split`` and
     ``account_for_loss_in_pipeline_split``.
 
     Raises:
@@ -155,11 +155,10 @@ def embedding_and_head_divisible(
 def by_weight(
     num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
 ) -> list[range]:
-    """The heaviest and the lightest stage differ by as little as a dynamic programme can find.
+    """The heaviest and the lightest stage differ by the least that a dynamic programme finds.
 
-    Used by DeepSpeed as ``partition_method="parameters"``, with parameter counts as weights. The
-    embedding and the head are items of their own there, so a stage may hold one of them and no
-    layer.
+    DeepSpeed uses it as ``partition_method="parameters"``, with parameter counts as weights. There
+    the embedding and the head are separate items, so a stage may hold one of them and no layer.
 
     Raises:
         ValueError: there are not ``num_hidden_layers + 2`` weights, or one is below 0.
@@ -179,11 +178,11 @@ def by_weight(
 def own_count_times_rank(
     num_hidden_layers: int, pp_size: int, weights: Sequence[float] | None = None
 ) -> list[range]:
-    """WRONG, and kept to be looked at: each stage starts at its own count times its number.
+    """WRONG, and kept as an example: each stage starts at its own count times its number.
 
-    A stage with one layer more than those before it starts too late, so that the layers between
-    are on no stage, and the last stage reaches for layers that the model has not. mlx-lm did this
-    until pull request 1816 (issue 1688). Nothing raises: the model loads, runs and gives answers.
+    A stage with one layer more than those before it starts too late. So the layers between are on
+    no stage, and the last stage asks for layers that do not exist. mlx-lm did this until pull
+    request 1816 (issue 1688). No error is raised: the model loads, runs and gives answers.
     """
     quotient, remainder = _divide(num_hidden_layers, pp_size)
     counts = [quotient + (stage >= pp_size - remainder) for stage in range(pp_size)]
@@ -205,14 +204,14 @@ RULES: dict[str, Rule] = {
 
 
 def faults(stages: Sequence[range], num_hidden_layers: int) -> list[str]:
-    """What is wrong with a partition, in words: nothing, if every stage has layers of its own.
+    """The faults of a partition, in words. There are none if every stage has its own layers.
 
     Args:
         stages: the layers of each stage.
         num_hidden_layers: layers of the model.
 
     Returns:
-        A sentence for each fault: stages without layers, layers on no stage, and on several.
+        A text for each fault: stages without layers, layers on no stage, layers on several.
     """
     held = [layer for stage in stages for layer in stage]
     empty = [number for number, stage in enumerate(stages) if not stage]
@@ -244,6 +243,6 @@ def _ranges(counts: Iterable[int]) -> list[range]:
 
 
 def _without_ends(stages: Sequence[range], num_hidden_layers: int) -> list[range]:
-    """Layers, from items of which the first is the embedding and the last the head."""
+    """The layers of each stage, from items. The first item is the embedding, the last the head."""
     counts = [len(range(max(s.start, 1), min(s.stop, num_hidden_layers + 1))) for s in stages]
     return _ranges(counts)

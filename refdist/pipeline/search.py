@@ -1,14 +1,14 @@
-"""The search for the best partition: exact, by dynamic programme.
+"""The exact search for the best partition, by dynamic programme.
 
-Requests share the key-value cache, so a partition with more blocks decodes more of them at once,
-and that changes the time of every stage. The search therefore takes the possible numbers of blocks
-one by one, the most first. For each, the programme finds the partition with at least that many
-blocks whose slowest stage is fastest. It stops when even a perfectly balanced pipeline with the
-next number of blocks could not be faster than what it has.
+Requests share the key-value cache. So a partition with more blocks decodes more requests at once,
+and this changes the time of every stage. The search takes the possible numbers of blocks one by
+one, the largest first. For each number, the programme finds the partition with at least that many
+blocks whose slowest stage is fastest. The search stops when even a perfectly balanced pipeline with
+the next number of blocks could not be faster than the best so far.
 
-This is exact because of two properties of the costs. A stage with more layers has no more blocks
-and is no faster. And a micro-batch with more requests takes no longer for each of them, so a
-partition is at least as good with all its blocks as with the number that it was found for.
+The search is exact because of two properties of the costs. A stage with more layers has no more
+blocks and is no faster. A micro-batch with more requests takes no longer for each of them, so a
+partition with all its blocks is at least as good as with the number in the search.
 """
 
 import math
@@ -26,11 +26,11 @@ from refdist.pipeline.rules import specification
 from refdist.pipeline.serving import Serving
 
 _Cost = Callable[[range], float]
-_Total = Callable[[float, float, range], float]  # from that so far and the cost of the next stage
+_Total = Callable[[float, float, range], float]  # total so far, cost and layers of the next stage
 
 
 class Search:
-    """The programme over all partitions, for a model, a device and a number of stages."""
+    """The search over all partitions for a model, a device and a number of stages."""
 
     def __init__(self, model: Model, device: Device, pp_size: int, serving: Serving) -> None:
         self._model, self._device, self._serving = model, device, serving
@@ -38,26 +38,26 @@ class Search:
         self._blocks = self._remembered(self._stage_blocks)
 
     def most_blocks(self) -> int:
-        """Of the key-value cache, over all partitions; below 1 if there is no room."""
+        """The most cache blocks of any partition; below 1 if there is no room."""
         even = specification(self._num_layers, self._pp_size)
         limit = -max(1, self.blocks_of(even))
         least, stages = self._programme(lambda layers: -self._blocks(layers), limit, _larger)
         return int(-least) if stages else 0
 
     def roomiest(self, blocks: int) -> list[range]:
-        """The most even partition with so many blocks."""
+        """The most even partition with at least this many blocks."""
         return self._most_even(lambda layers: -self._blocks(layers), -blocks)
 
     def blocks_of(self, stages: list[range]) -> int:
-        """Of the key-value cache of a partition."""
+        """The cache blocks of a partition."""
         return int(min(map(self._blocks, stages)))
 
     def fastest(self, most: int, weights: Mapping[str, float]) -> list[range]:
-        """The most even partition of those with the fastest slowest stage."""
+        """The most even of the partitions whose slowest stage is fastest."""
         stages = self.roomiest(most)
         cost = self._cost(most, weights)
         least = max(map(cost, stages))
-        # without decode the number of blocks does not matter, but for each stage to have one
+        # without decode, the number of blocks does not matter, if each stage has one
         for blocks in self._possible_blocks(most) if weights["decode"] else [1]:
             if self._least_mean(blocks, weights) >= least:
                 break
@@ -73,7 +73,7 @@ class Search:
         return stage_kv_blocks(self._model, self._device, layers, first, last, self._serving)
 
     def _cost(self, blocks: int, weights: Mapping[str, float]) -> _Cost:
-        """Seconds of a stage for the tokens of a request; infinite for one with fewer blocks."""
+        """The cost of a stage: its seconds for a request, infinite if it has fewer blocks."""
         sequences = sequences_per_micro_batch(blocks, self._pp_size, self._serving)
 
         def cost(layers: range) -> float:
@@ -95,18 +95,18 @@ class Search:
         return seconds
 
     def _possible_blocks(self, most: int) -> list[int]:
-        """All numbers that a stage can have, from ``most`` downwards."""
+        """All numbers of blocks that a stage can have, from ``most`` downwards."""
         n = self._num_layers
         stages = (range(start, stop) for start in range(n) for stop in range(start + 1, n + 1))
         return sorted({int(b) for b in map(self._blocks, stages) if 1 <= b <= most}, reverse=True)
 
     def _least_mean(self, blocks: int, weights: Mapping[str, float]) -> float:
-        """No slowest stage with so many blocks is faster: the whole model at the peaks, shared."""
+        """A lower bound for the slowest stage with these blocks: the model's seconds, shared."""
         sequences = sequences_per_micro_batch(blocks, self._pp_size, self._serving)
         return self._seconds(range(self._num_layers), sequences, weights) / self._pp_size
 
     def _remembered(self, cost: _Cost) -> _Cost:
-        """The same, computed once for stages that are alike: in layers of each kind and in ends."""
+        """The same cost, computed once for stages with equal layers of each kind and equal ends."""
         known: dict[tuple[int, int, bool, bool], float] = {}
 
         def remembered(layers: range) -> float:
@@ -120,15 +120,15 @@ class Search:
         return remembered
 
     def _most_even(self, cost: _Cost, limit: float) -> list[range]:
-        """Of the partitions whose stages all cost no more than ``limit``."""
+        """The most even partition whose stages all cost at most ``limit``."""
         return self._programme(cost, limit, _add_square)[1]
 
     def _programme(self, cost: _Cost, limit: float, total: _Total) -> tuple[float, list[range]]:
-        """The partition with the least total of those whose stages all cost at most ``limit``.
+        """The partition with the least total whose stages all cost at most ``limit``.
 
         Stage by stage, it keeps the best way to place the layers before each layer. A stage with
-        more layers costs no less, so none is longer than the longest that stays within the limit,
-        and none so short that the stages after it could not hold the rest.
+        more layers costs no less. So no stage is longer than the longest within the limit, or so
+        short that the stages after it could not hold the rest.
 
         Returns:
             The total and the stages; infinity and none if no partition stays within the limit.
@@ -157,7 +157,7 @@ class Search:
         return value, stages[::-1]
 
     def _longest(self, cost: _Cost, limit: float) -> int:
-        """The most layers of a stage within the limit."""
+        """The most layers that a stage can hold within the limit."""
         longest = 0
         for start in range(self._num_layers):
             while (

@@ -1,24 +1,24 @@
-"""How a model is served, as data."""
+"""The settings for serving a model, as data."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served.
+    """The settings for serving a model.
 
     Attributes:
-        prompt_tokens: of a request.
-        output_tokens: that it generates.
-        chunk_tokens: of a micro-batch in prefill, from one or more prompts.
-        tokens_with_logits: of a prompt, for which the head computes logits: 1 to generate, all to
-            score a text.
-        bytes_per_weight: in the layers.
-        bytes_per_end_weight: in the embedding and the head, which are mostly left unquantised.
-        bytes_per_kv_element: in the key-value cache.
-        block_tokens: of a block of the cache.
-        memory_share: of the device's memory, which weights and cache may take.
-        reserved_bytes: of that, for everything else on a device.
+        prompt_tokens: tokens in the prompt of a request.
+        output_tokens: tokens that a request generates.
+        chunk_tokens: tokens of a micro-batch in prefill, from one or more prompts.
+        tokens_with_logits: tokens of a prompt for which the head computes logits: 1 to generate,
+            all to score a text.
+        bytes_per_weight: bytes of a weight in the layers.
+        bytes_per_end_weight: the same in embedding and head, which are mostly not quantised.
+        bytes_per_kv_element: bytes of an element in the key-value cache.
+        block_tokens: tokens of a block of the cache.
+        memory_share: share of the device's memory for weights and cache.
+        reserved_bytes: bytes of that share for everything else on a device.
     """
 
     prompt_tokens: int = 1024
@@ -41,5 +41,5 @@ class Serving:
 
     @property
     def mean_context_tokens(self) -> float:
-        """Tokens of a request in the cache, on average over the time that it is generated."""
+        """Tokens of a request in the cache, on average over the time that it generates."""
         return self.prompt_tokens + self.output_tokens / 2

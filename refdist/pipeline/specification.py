@@ -1,4 +1,4 @@
-"""Which layers a stage of a pipeline holds, as the specification says it."""
+"""The layers of a pipeline stage, by the specification."""
 
 import os
 import re
@@ -11,10 +11,10 @@ PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
 def get_pp_indices(num_hidden_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
     """The layers of pipeline stage ``pp_rank``, as a half-open range.
 
-    Every stage gets ``num_hidden_layers // pp_size`` layers. The remaining ones go, one each, to
-    the stages before the last, from the back to the front: the last stage is spared because it
-    holds the final norm and the output embedding, and the first is served only when the others
-    have one each, because it holds the input embedding.
+    Every stage gets ``num_hidden_layers // pp_size`` layers. The remaining layers go, one each, to
+    the stages before the last, from the back to the front. The last stage gets none, because it
+    holds the final norm and the output embedding. The first gets one only after all between have
+    one, because it holds the input embedding.
 
     The environment variable ``VLLM_PP_LAYER_PARTITION`` overrides the rule with an explicit list
     of layers per stage, such as ``"15,15,16,15"``. It is read at each call.
@@ -22,7 +22,7 @@ def get_pp_indices(num_hidden_layers: int, pp_rank: int, pp_size: int) -> tuple[
     Args:
         num_hidden_layers: layers of the model, at least 0.
         pp_rank: the stage, 0 to ``pp_size - 1``.
-        pp_size: number of stages, at least 1. A stage may be empty when there are more stages
+        pp_size: number of stages, at least 1. A stage may be empty if there are more stages
             than layers.
 
     Returns:
@@ -53,7 +53,7 @@ def get_pp_indices(num_hidden_layers: int, pp_rank: int, pp_size: int) -> tuple[
 
 
 def spread_remainder(num_hidden_layers: int, pp_size: int) -> list[int]:
-    """How many layers each stage gets by the rule of ``get_pp_indices``, without the override."""
+    """The layers of each stage by the rule of ``get_pp_indices``, without the override."""
     quotient, remainder = divmod(num_hidden_layers, pp_size)
     layers_per_stage = [quotient] * pp_size
     for distance_from_end in range(2, remainder + 2):

@@ -1,4 +1,4 @@
-"""What notebook 02 looks at over many cases: how uneven the rules are, and where it matters."""
+"""Notebook 02's studies over many cases: imbalance of the rules, and gains of the best."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,11 +20,11 @@ from refdist.pipeline.serving import Serving
 
 
 def imbalance(stages: Sequence[range], weights: Sequence[float]) -> float:
-    """By how much the heaviest stage exceeds the mean, as a share of the mean.
+    """The excess of the heaviest stage over the mean, as a share of the mean.
 
     Args:
         stages: the layers of each stage.
-        weights: of the embedding, of each layer, and of norm and head.
+        weights: weights of the embedding, of each layer, and of norm and head.
     """
     per_stage = [sum(weights[1 + layer] for layer in stage) for stage in stages]
     per_stage[0] += weights[0]
@@ -36,15 +36,15 @@ def imbalance(stages: Sequence[range], weights: Sequence[float]) -> float:
 def imbalance_map(
     rule: Rule, layers: Sequence[int], sizes: Sequence[int], end_weight: float
 ) -> list[list[float]]:
-    """How uneven a rule is, for each number of stages (rows) and of layers (columns).
+    """The imbalance of a rule, for each number of stages (rows) and of layers (columns).
 
-    Not a number where the rule refuses, or leaves a stage without layers.
+    It is NaN where the rule refuses or leaves a stage without layers.
 
     Args:
-        rule: that cuts.
+        rule: the rule.
         layers: numbers of layers.
         sizes: numbers of stages.
-        end_weight: of the embedding, and of the head, in layers.
+        end_weight: weight of the embedding, and of the head, in layers.
     """
     rows = []
     for pp_size in sizes:
@@ -62,16 +62,16 @@ def imbalance_map(
 
 @dataclass(frozen=True)
 class Gain:
-    """What the best partition gains over the specification's, in one case.
+    """The gain of the best partition over the specification's, in one case.
 
     Attributes:
         model: name of the model.
         device: name of the device.
         pp_size: number of stages.
-        room_left: bytes that the weights leave for the cache, on the mean stage, over those of the
-            heaviest item that cannot be divided: a layer, the embedding or the head.
-        kv_blocks: the best number over the specification's; infinite if that has no room at all.
-        requests_per_second: the best rate over the specification's; infinite as well.
+        room_left: bytes that the weights leave for the cache on the mean stage, over the bytes of
+            the heaviest indivisible item: a layer, the embedding or the head.
+        kv_blocks: the best number over the specification's; infinite if the latter has no room.
+        requests_per_second: the best rate over the specification's; infinite in the same case.
     """
 
     model: str
@@ -85,7 +85,7 @@ class Gain:
 def gain(model: Model, device: Device, pp_size: int, serving: Serving) -> Gain | None:
     """Compare the best partition with the specification's. None if there is no room for requests.
 
-    There is, if each of ``pp_size`` micro-batches can have one on average.
+    There is room if each of ``pp_size`` micro-batches can have one request on average.
     """
     try:
         roomy = best_partition(model, device, pp_size, "kv_blocks", serving)
@@ -114,7 +114,7 @@ def gain(model: Model, device: Device, pp_size: int, serving: Serving) -> Gain |
 def gains(
     models: Iterable[Model], devices: Iterable[Device], sizes: Sequence[int], serving: Serving
 ) -> list[Gain]:
-    """All cases of these models, devices and numbers of stages in which there is room."""
+    """The gains for these models, devices and numbers of stages, in all cases with room."""
     cases = product(models, devices, sizes)
     found = [
         gain(model, device, pp_size, serving)

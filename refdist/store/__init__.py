@@ -1,1 +1,1 @@
-"""The store: a client of it, its keys, the seals on its values, and where it listens."""
+"""The store: a client of it, its keys, the tags on its values, and where it listens."""

@@ -1,35 +1,27 @@
-"""A store as refdist asks it: every request ends in time, and the store can be let go.
+"""A store as refdist asks it: each request in one place, which waits in slices and ends in time.
 
-The simple way is to call the store itself. It fails in two ways.
-
-* While the process that hosts the store is stopped, a request waits for it to go on, and torch can
-  neither interrupt nor limit that. A thread that closes the connection then has to know when; it
-  does not exist in a forked child, and on rank 0 it does not help. The kernel does better: it ends
-  a ``recv`` or ``send`` of the store's socket when the limit of the socket is over, and torch
-  raises DistNetworkError. An answer that comes later would be taken for that of the next request,
-  so no request follows: the store is lost.
-* An error keeps the variables of all functions that it has left, and a notebook keeps the last
-  error. A store among them would go on to serve, and hold its port. So what asks a store has a
-  client in its variables, and ``close`` takes the store out of that. The group, whose attribute
-  ``store`` is the user's, drops it at the same time.
+The simple way is to call the store itself. But an error keeps the variables of all functions that
+it has left, and a notebook keeps the last error. A store among them would go on to serve, and hold
+its port. So every function has the client in its variables, and ``close`` takes the store out of
+that. The group, whose attribute ``store`` is the user's, drops it at the same time.
 """
 
-import re
-import socket
-import struct
-import warnings
-from datetime import timedelta
+import os
+import threading
+from collections.abc import Sequence
 from typing import Any
 
-from torch.distributed import DistNetworkError, Store, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from refdist.deadline import Deadline
-from refdist.torch_versions import has_store_barrier, tcp_store_of
+from refdist.store.sockets import connection_of, limit_socket
+from refdist.torch_versions import ERROR, WARNING, has_store_barrier, log_level
 
 ANSWER_SECONDS = 1.0
 """How long a store may take to answer after a deadline, before its host counts as stopped."""
 
 _ROUGHLY = 0.25  # seconds by which a limit may be off; each new one is a call of the kernel
+_NEVER_WRITTEN, _NEVER_WRITTEN_EITHER = b"\0", b"\0\0"
 
 
 class StoreClient:
@@ -40,125 +32,238 @@ class StoreClient:
     the store is lost or was let go.
 
     Attributes:
-        deadline: of the present call; None where a request may take ``ANSWER_SECONDS``.
         lost: why the store cannot be asked any more; empty as long as it can.
         timed_out: whether that is because it did not answer.
+        limited: seconds that requests have, besides ``ANSWER_SECONDS``.
     """
 
-    def __init__(self, store: Store, deadline: Deadline | None = None) -> None:
-        self.deadline = deadline
+    def __init__(self, store: Store) -> None:
         self.lost = ""
         self.timed_out = False
         self._store: Any = store
-        self._descriptor = _descriptor_of(store)
-        self._limit = 0.0
+        self._connection = connection_of(store)
+        self.limited = -1.0
+        self.limit(0.0)
 
     @property
     def store(self) -> Store:
-        """The store itself. Whoever keeps it keeps it open."""
-        if self._store is None:
-            raise DistNetworkError(self.lost)
+        """The store itself. A caller that keeps it keeps it open."""
         store: Store = self._store
+        if isinstance(store, _Lost):
+            raise DistNetworkError(self.lost)
         return store
 
+    @property
+    def has_barrier(self) -> bool:
+        """Whether the store has ``Store.barrier``: ``torch_versions.has_store_barrier``."""
+        return has_store_barrier(self._store)
+
     def close(self) -> None:
-        """Let the store go. Where it is served, it ends, unless someone else keeps it."""
+        """Let the store go. If it is served here, it ends, unless something else refers to it."""
         self.lost = self.lost or "this rank has closed its group"
-        self._store = self._descriptor = None
+        self._store = _Lost(self.lost)
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def limit(self, seconds: float) -> None:
+        """Let the kernel end each request ``ANSWER_SECONDS`` after so many seconds."""
+        if self._connection is not None and abs(seconds - self.limited) > _ROUGHLY:
+            limit_socket(self._connection, seconds + ANSWER_SECONDS)
+            self.limited = seconds
+
+    # Requests. No variable holds the store, or an error would keep it. The first three wait for no
+    # answer; the others take one round trip.
+
+    def append(self, key: str, value: bytes) -> None:
+        """Append to the value of a key."""
+        try:
+            self._store.append(key, value)
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Write a value."""
+        try:
+            self._store.set(key, value)
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
+
+    def multi_set(self, keys: list[str], values: list[str]) -> None:
+        """Write several values."""
+        try:
+            self._store.multi_set(keys, values)
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
 
     def add(self, key: str, amount: int) -> int:
         """Add to the number under a key, and return the sum."""
-        return int(self._ask("add", key, amount))
+        try:
+            return int(self._store.add(key, amount))
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
 
-    def append(self, key: str, value: bytes) -> None:
-        """Append to the value of a key. No answer."""
-        self._ask("append", key, value)
-
-    def set(self, key: str, value: Any) -> None:
-        """Write a value, text or bytes. No answer."""
-        self._ask("set", key, value)
-
-    def multi_set(self, keys: list[str], values: list[Any]) -> None:
-        """Write several values. No answer."""
-        self._ask("multi_set", keys, values)
-
-    def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:
-        """Write a value if the present one is as expected; returns what is there then."""
-        value: bytes = self._ask("compare_set", key, expected, desired)
-        return value
+    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+        """Write a value if the present one is as expected. Returns the value that is there then."""
+        try:
+            value: bytes = self._store.compare_set(key, expected, desired)
+            return value
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
 
     def delete_key(self, key: str) -> bool:
         """Delete a key. Whether it was there."""
-        return bool(self._ask("delete_key", key))
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether every key is there."""
-        return bool(self._ask("check", keys))
-
-    def wait(self, keys: list[str], timeout: timedelta) -> None:
-        """Wait until every key is there; DistStoreError after ``timeout``."""
-        self._ask("wait", keys, timeout, waits=timeout.total_seconds())
-
-    def barrier(self, key: str, world_size: int, timeout: timedelta) -> None:
-        """Add one to a key and wait until it is at least ``world_size``; as ``wait``."""
-        self._ask("barrier", key, world_size, timeout, waits=timeout.total_seconds())
-
-    def _ask(self, request: str, *arguments: Any, waits: float = 0.0) -> Any:
-        """Make a request, of which the store may answer only after ``waits`` seconds."""
-        if self.lost:
-            raise DistNetworkError(self.lost)
-        if self._descriptor is not None:
-            self._limit_to(waits)
         try:
-            # no variable holds the store, or an error would keep it
-            return getattr(self._store, request)(*arguments)
+            return bool(self._store.delete_key(key))
         except DistNetworkError as error:
-            self.timed_out = "Timeout" in str(error)
-            self.lost = str(error).splitlines()[0]
+            self._lose(error)
             raise
 
-    def _limit_to(self, waits: float) -> None:
-        """Let the kernel end a request ``ANSWER_SECONDS`` after the deadline, or its wait."""
-        left = 0.0 if self.deadline is None else self.deadline.remaining() - waits
-        limit = max(0.0, left) + ANSWER_SECONDS
-        if abs(limit - self._limit) > _ROUGHLY:
-            assert self._descriptor is not None
-            with socket.socket(fileno=socket.dup(self._descriptor)) as connection:
-                limit_socket(connection, limit)
-            self._limit = limit
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether every key is there."""
+        try:
+            return bool(self._store.check(list(keys)))
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
+
+    def peek(self, key: str, never_written: bytes = _NEVER_WRITTEN) -> bytes | None:
+        """The value of a key, or None where it does not exist.
+
+        ``get`` would wait for the key. ``compare_set`` with an expected value that nobody writes
+        answers with the present value and changes nothing.
+        """
+        value = self.compare_set(key, never_written, never_written)
+        return None if value == never_written else value
+
+    def decide(self, key: str, proposal: bytes) -> bytes:
+        """Write ``proposal`` unless the key has a value. Returns the value that it has then."""
+        value = self.compare_set(key, b"", proposal)
+        if value == proposal:
+            # the legacy server of TCPStore ends waits for a key on set, and not on compare_set
+            self.set(key, proposal)
+        return value
+
+    # Requests that wait, for a slice at a time. Each raises CancelledWaitError within a slice of
+    # the deadline's being cancelled.
+
+    def wait(self, keys: Sequence[str], deadline: Deadline) -> bool:
+        """Wait until every key is there. False when the deadline came first.
+
+        A store that is slow to answer may let the last slice run out although the keys are there,
+        so they are looked up once more then.
+        """
+        return self.in_slices(deadline, "wait", list(keys)) or self.check(keys)
+
+    def wait_for_value(self, key: str, deadline: Deadline, once: bool = False) -> bytes | None:
+        """Wait until a key has a value, and return it; None when the deadline came first.
+
+        With ``once``, None also when a slice has passed.
+
+        The libuv server of TCPStore also ends a wait when another client compares the key before it
+        exists, so this waits again while there is no value. One request more than a wait.
+        """
+        while True:
+            in_time = self.in_slices(deadline, "wait", [key], once=once)
+            value = self.compare_set(key, _NEVER_WRITTEN, _NEVER_WRITTEN)
+            if value != _NEVER_WRITTEN:
+                return value
+            if not in_time or deadline.remaining() == 0:
+                return None
+            if (strange := self.peek(key, _NEVER_WRITTEN_EITHER)) is not None:
+                return strange  # a stranger has written what nobody writes
+
+    def barrier(self, key: str, count: int, deadline: Deadline) -> bool:
+        """Add one to a key and wait until it is at least ``count``, or the slice is over.
+
+        A client that makes the number so large wakes all that wait at the key, whatever number they
+        wait for; ``set`` does the same.
+        """
+        try:
+            self._store.barrier(key, count, deadline.slice())
+            return True
+        except DistStoreError:
+            return False
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
+
+    def in_slices(
+        self, deadline: Deadline, request: str, *arguments: Any, once: bool = False
+    ) -> bool:
+        """Repeat ``wait`` or ``barrier`` until it succeeds. False when the deadline came first."""
+        while True:
+            try:
+                getattr(self._store, request)(*arguments, deadline.slice())
+                return True
+            except DistStoreError:
+                left = deadline.remaining()
+                self.limit(left)
+                if once or left == 0:
+                    return False
+            except DistNetworkError as error:
+                self._lose(error)
+                raise
+
+    def _lose(self, error: DistNetworkError) -> None:
+        """No request is made from now on."""
+        if not self.lost:
+            self.timed_out = "Timeout" in str(error)
+            self.lost = str(error).splitlines()[0]
+        self._store = _Lost(self.lost)
 
 
-def has_barrier(store: StoreClient | Store) -> bool:
-    """Whether a store, or that of a client, has ``Store.barrier``: ``has_store_barrier``."""
-    return has_store_barrier(store.store if isinstance(store, StoreClient) else store)
+class _Lost:
+    """Stands in for a store that is lost or was let go: each request says so."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __getattr__(self, request: str) -> Any:
+        raise DistNetworkError(self._reason)
 
 
-def limit_socket(connection: socket.socket, seconds: float) -> None:
-    """Let the kernel end each ``send`` and ``recv`` of a socket after so many seconds.
+class quiet:  # noqa: N801  # used as a function is
+    """Keep torch's C++ code from writing warnings to stderr for what is expected here.
 
-    A listening socket hands its limit on to the connections that it accepts.
+    A wait that times out warns twice, and a wait in slices times out once a slice. A connection
+    attempt that fails warns with a stack trace, and is tried again. Only the default level,
+    warnings, is raised, for as long as some thread is in here; a level that the user has chosen
+    stays.
     """
-    whole = int(seconds)
-    limit = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    _lock = threading.Lock()
+    _threads = 0  # that are in here because the level was at warnings
+
+    def __enter__(self) -> None:
+        level = log_level()
+        with quiet._lock:
+            self._raised = level is not None and (quiet._threads > 0 or level.value == WARNING)
+            if level is not None and self._raised:
+                quiet._threads += 1
+                level.value = ERROR
+
+    def __exit__(self, *error: object) -> None:
+        level = log_level()
+        with quiet._lock:
+            if level is not None and self._raised and quiet._threads > 0:
+                quiet._threads -= 1
+                if quiet._threads == 0:
+                    level.value = WARNING
 
 
-def _descriptor_of(store: Store) -> int | None:
-    """The socket with which a TCPStore speaks to its server; None for another store.
+def _be_loud() -> None:
+    """A forked child has none of the other threads: none of them is in ``quiet``, or leaves it."""
+    quiet._lock = threading.Lock()  # one of them may have held it
+    level = log_level() if quiet._threads else None
+    if level is not None:
+        level.value = WARNING
+    quiet._threads = 0
 
-    All groups on prefixes of one store share it, and are lost together. torch shows it in the text
-    of the store alone (seen on 2.11 and 2.13). Where it does not, a warning says so.
-    """
-    try:
-        server = tcp_store_of(store)
-    except ValueError:
-        return None
-    found = re.search(r"client=.*?fd=(\d+)", repr(server))
-    if found is None and type(server) is TCPStore:
-        warnings.warn(
-            f"refdist finds no socket in {server!r}: calls may hang while rank 0 is stopped",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return None if found is None else int(found[1])
+
+os.register_at_fork(after_in_child=_be_loud)

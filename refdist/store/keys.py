@@ -1,12 +1,14 @@
-"""Every key that refdist writes to a store: its format, who writes it, who deletes it.
+"""Every key that refdist writes to a store: its format, its writer, and what deletes it.
 
 Numbers in keys count from 0. A group has the store to itself or, with torch's PrefixStore, a
 prefix of it.
 """
 
+from typing import NamedTuple, Self
+
 
 def member(rank: int) -> str:
-    """Who joined as this rank. Written by the rank when it joins and when it leaves; stays."""
+    """The process that joined as this rank. Written by it when it joins and leaves; stays."""
     return f"member/{rank}"
 
 
@@ -16,7 +18,7 @@ def gone() -> str:
 
 
 def all_gone() -> str:
-    """Everyone but rank 0 has left for good. Written by the last; goes with the store."""
+    """All ranks but 0 have left for good. Written by the last; goes with the store."""
     return "all_gone"
 
 
@@ -26,93 +28,103 @@ def told(rank: int) -> str:
 
 
 def refused(rank: int) -> str:
-    """Who came as this rank has another secret than rank 0. Written by it; goes with the store."""
+    """A process with another secret than rank 0 came as this rank. Written by it; stays."""
     return f"refused/{rank}"
 
 
-SLOTS = 3
-"""Barriers use this many sets of keys in turn. ``refdist.barrier`` says why three are enough."""
-
-
-class Slot:
-    """The keys of one barrier. They stay, and are reset by rank 0 before they are used again.
-
-    ``epoch`` counts the barriers that broke. After one of those the keys start afresh under new
-    names, and rank 0 deletes the old ones when a barrier completes.
+class PlainKeys(NamedTuple):
+    """The keys of one try of a barrier. Deleted when all ranks have arrived at a later one.
 
     Attributes:
-        roll: who has arrived, and what each brings to a gather. Appended to by every rank.
-        arrived: how many have arrived. Counted up by every rank.
-        state: who knows the outcome, as a number, negative if it is "broken". See
-            ``refdist.barrier``.
-        wake: the gate at which those wait who wait long. Opened by the first to know the outcome.
-        left: the gate at which rank 0 waits for the others to leave. Opened by the last of them.
+        roll: which ranks have arrived, what each brings to a gather, and which have left.
+            Appended to by every rank.
+        counter: arrivals and departures together. Added to by every rank.
+        outcome: how the barrier ended. Written once, by the first rank that proposes one.
+        all_left: all ranks have left. Written by the last of them, for rank 0.
     """
 
-    def __init__(self, epoch: int, slot: int) -> None:
-        self.roll = f"barrier/{epoch}/{slot}/roll"
-        self.arrived = f"barrier/{epoch}/{slot}/arrived"
-        self.state = f"barrier/{epoch}/{slot}/state"
-        self.wake = f"barrier/{epoch}/{slot}/wake"
-        self.left = f"barrier/{epoch}/{slot}/left"
+    roll: str
+    counter: str
+    outcome: str
+    all_left: str
+
+    @classmethod
+    def of(cls, number: int) -> Self:
+        """The keys of a try."""
+        return cls(*(f"barrier/{number}/{field}" for field in cls._fields))
 
 
-def slots(epoch: int) -> list[Slot]:
-    """The slots of an epoch."""
-    return [Slot(epoch, slot) for slot in range(SLOTS)]
+class Slot(NamedTuple):
+    """The keys of a barrier that is built on ``Store.barrier``. Used again after a reset by rank 0.
+
+    Attributes:
+        roll: as in ``PlainKeys``.
+        counter: of the ranks that have arrived.
+        state: the outcome, and which ranks know it: ``refdist.barrier.quick``.
+        wake: for ranks that wait long. Written by the first rank to know the outcome.
+        left: for rank 0, which waits for the others to leave. Written by the last of them.
+    """
+
+    roll: str
+    counter: str
+    state: str
+    wake: str
+    left: str
+
+    @classmethod
+    def of(cls, epoch: int, slot: int) -> Self:
+        """The keys of a slot. After a broken barrier, a new epoch begins, with new names."""
+        prefix = f"barrier/{epoch}/{slot}/"
+        return cls(*(prefix + field for field in cls._fields))
 
 
 def reason(epoch: int) -> str:
-    """Why the barrier that ended this epoch broke. Written by the rank that broke it."""
+    """Why the barrier that ended an epoch broke. Written by the rank that broke it."""
     return f"barrier/{epoch}/reason"
 
 
-def of_epoch(epoch: int) -> list[str]:
-    """All keys of an epoch."""
-    in_slots = [[s.roll, s.arrived, s.state, s.wake, s.left] for s in slots(epoch)]
-    return [reason(epoch), *(key for some in in_slots for key in some)]
+class ObjectKeys(NamedTuple):
+    """The keys of one object.
 
-
-def message(source: int, destination: int, number: int) -> str:
-    """A message. Put there by the source, taken out by the destination.
-
-    If it expires, the source puts the reason in its place, which stays until it is read.
+    Attributes:
+        own: of the object itself, or, of a large one, of its lengths.
+        number: of the object among those between the same ranks.
+        expired: of the highest number among these that has expired unread. Written by the source.
     """
-    return f"message/{source}/{destination}/{number}"
+
+    own: str
+    number: int
+    expired: str
+
+    def chunk(self, index: int) -> str:
+        """A part of a large object. Written and deleted with it."""
+        return f"{self.own}/chunk/{index}"
+
+    @property
+    def readers(self) -> str:
+        """How many ranks have read a large broadcast. Added to by each; deleted by the last."""
+        return f"{self.own}/readers"
 
 
-def broadcast(source: int, number: int) -> str:
-    """A broadcast. The chunks of a large one are under this key, for all its readers.
+def message(source: int, destination: int, number: int) -> ObjectKeys:
+    """A message. Written by the source; deleted by the destination, or when it expires."""
+    between = f"message/{source}/{destination}"
+    return ObjectKeys(f"{between}/{number}", number, f"{between}/expired")
 
-    Written by the source; deleted by the last reader, or by the source when it expires.
+
+def broadcast(source: int, number: int) -> ObjectKeys:
+    """A broadcast. Written by the source.
+
+    Deleted by it in the first barrier or gather to which all ranks come that have read it, or when
+    it expires. The last reader of a large one deletes its chunks.
     """
-    return f"broadcast/{source}/{number}"
+    between = f"broadcast/{source}"
+    return ObjectKeys(f"{between}/{number}", number, f"{between}/expired")
 
 
-def broadcast_copy(source: int, number: int, destination: int) -> str:
-    """What one reader gets of a broadcast. As ``message``."""
-    return f"broadcast/{source}/to/{destination}/{number}"
+def gathered(rank: int, generation: int) -> ObjectKeys:
+    """A large object that a rank brought to a gather, of which the roll has the lengths.
 
-
-def broadcast_readers(source: int, number: int) -> str:
-    """How many have read a large broadcast. Added to by each reader; deleted by the last."""
-    return f"broadcast/{source}/{number}/readers"
-
-
-def gathered_value(rank: int, number: int) -> str:
-    """A large value that a rank gave to a gather. Deleted by it in the next barrier or gather."""
-    return f"gather/{rank}/{number}"
-
-
-def chunk(key: str, index: int) -> str:
-    """A part of a value that is too large for one. Written and deleted with the value."""
-    return f"{key}/chunk/{index}"
-
-
-def expired(owner: str) -> str:
-    """A large message or broadcast expired before all had read it. Written by the source.
-
-    For who is in the middle of it. Deleted by the reader of a message, when it finds the note in
-    its place; that of a broadcast stays, one for each source.
+    Written by the rank; deleted by it when all ranks have arrived at the next barrier or gather.
     """
-    return f"{owner.rpartition('/')[0]}/expired"
+    return ObjectKeys(f"gather/{rank}/{generation}", generation, f"gather/{rank}/expired")

@@ -16,7 +16,8 @@ from refdist import torch_versions
 from refdist.checks import MOST_SECONDS, check_integer
 from refdist.deadline import Deadline
 from refdist.errors import StoreConnectionError
-from refdist.store.client import ANSWER_SECONDS, limit_socket
+from refdist.store.client import ANSWER_SECONDS, quiet
+from refdist.store.sockets import limit_socket
 
 DEFAULT_TIMEOUT = timedelta(seconds=300)
 _RETRY_SECONDS = 0.05
@@ -32,8 +33,8 @@ def create_tcp_store(
     """Create a TCPStore that listens on ``host`` only, or connect to one.
 
     Blocks until the store answers. Waiting for other ranks is left to the caller, unless
-    ``wait_for_workers=True`` and ``world_size`` are given. Whoever reaches the port may use the
-    store; a secret guards the values that a group of refdist writes there, not the store.
+    ``wait_for_workers=True`` and ``world_size`` are given. Any process that reaches the port may
+    use the store; a secret guards the values that a group of refdist writes there, not the store.
 
     Args:
         host: name, IPv4 address or IPv6 address (``"::1"`` or ``"[::1]"``).
@@ -101,7 +102,7 @@ def serve(host: str, listener: socket.socket, timeout: timedelta, **kwargs: Any)
     if port == 0:
         raise ValueError("listen_socket: is not bound to a port")
     listener.listen(1024)
-    # the legacy server reads a whole request at a time; who stops in the middle must not hold it up
+    # the legacy server would wait for the rest of a request, whatever else comes
     limit_socket(listener, ANSWER_SECONDS)
     # the store closes its descriptor when it ends, so it gets one of its own
     descriptor = socket.dup(listener.fileno())
@@ -182,7 +183,7 @@ def _construct(
     def run() -> None:
         try:
             # torch 2.6 warns where an address has no name
-            with torch_versions.quiet():
+            with quiet():
                 result.append(create())
         except BaseException as error:
             failure.append(error)

@@ -1,28 +1,29 @@
 """Seals: tags on values in a store, by which ranks that share a secret know their own.
 
 A tag is the HMAC-SHA256 of a key of the store and of the value under it. The key of the HMAC comes
-from the secret and from what makes one group unlike all others. So nobody without the secret can
-make a tag; and one that was copied from another key or another group is wrong. A tag is checked in
-constant time, and before anything in the value is used: what it says is neither unpickled nor
-parsed, and no memory is set aside for it. Only the roll of a barrier, where many ranks sign, is cut
-at the lengths in it to find the tags.
+from the secret and from random tokens of all ranks, which make one group unlike all others. So no
+process without the secret can make a tag; and a tag that was copied from another key or another
+group is wrong. A reader checks the tag in constant time before it uses anything in the value: a
+wrong value is neither unpickled nor parsed, and no memory is set aside for it. Only the roll of a
+barrier, where many ranks sign, is cut at the lengths in it to find the tags.
 
-What tags do not do
-    Whoever can reach the store can still read all values, for nothing is encrypted. They can delete
-    keys, overwrite them, fill the memory of rank 0, or connect and never speak. And the store adds
-    to counts itself, so counts carry no tag: those of a barrier, of the readers of a broadcast, of
-    the ranks that have left. Nor do marks, such as ``gone``, which say no more than that they are
-    there. Who changes them can break a barrier, or let ranks pass before all have arrived. A gather
-    is not passed so, because it needs the tag of every rank on the roll.
+Limits of tags
+    Values are not encrypted: a process that can reach the store can read them all. It can also
+    delete keys, overwrite them, fill the memory of rank 0, or connect and never speak. The store
+    adds to counts itself, so these carry no tag, and nor do marks such as ``gone``, which say no
+    more than that they are there. A stranger that changes them can make a barrier or a call fail,
+    in time. It cannot make one pass early: a rank goes by the tags of all ranks on the roll.
 """
 
 import hashlib
 import hmac
+import ipaddress
 import os
+import socket
 import struct
 import warnings
 
-from refdist.errors import AuthenticationError, InsecureGroupWarning
+from refdist.errors import UNTRUSTED, AuthenticationError, InsecureGroupWarning
 
 TAG_BYTES = 32
 VARIABLE = "REFDIST_SECRET"
@@ -36,7 +37,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class NoSeals:
-    """What a group without a secret does: nothing."""
+    """The seals of a group without a secret, which do nothing."""
 
     tag_bytes = 0
 
@@ -45,7 +46,7 @@ class NoSeals:
         return b""
 
     def fits(self, tag: bytes, key: str, payload: bytes) -> bool:
-        """Whatever there is."""
+        """True."""
         return True
 
     def seal(self, key: str, payload: bytes) -> bytes:
@@ -55,6 +56,13 @@ class NoSeals:
     def unseal(self, key: str, value: bytes) -> bytes:
         """The value."""
         return value
+
+    def unseal_outcome(self, key: str, value: bytes) -> bytes:
+        """The outcome of a barrier. In place of a forged one, UNTRUSTED and why."""
+        try:
+            return self.unseal(key, value)
+        except AuthenticationError as error:
+            return UNTRUSTED + str(error).encode()
 
 
 NO_SEALS = NoSeals()
@@ -93,11 +101,11 @@ class Seals(NoSeals):
         return hmac.compare_digest(tag, self.tag(key, payload))
 
     def seal(self, key: str, payload: bytes) -> bytes:
-        """What to write under a key: a mark, the tag, and the payload."""
+        """The value to write under a key: a mark, the tag, and the payload."""
         return b"".join((_MARK, self.tag(key, payload), payload))
 
     def unseal(self, key: str, value: bytes) -> bytes:
-        """The payload of what stands under a key.
+        """The payload of the value under a key.
 
         Raises:
             AuthenticationError: no rank of this group wrote it there.
@@ -151,12 +159,25 @@ def secret_from(given: bytes | str | None) -> Secret | None:
     secret = given.encode() if isinstance(given, str) else given
     if len(secret) < SHORTEST and not isinstance(given, Secret):
         warnings.warn(
-            f"{name}: is shorter than {SHORTEST} bytes, so who reads one value of the store may "
+            f"{name}: is shorter than {SHORTEST} bytes, so a reader of one value of the store may "
             f"find it by trying; use a long random text such as secrets.token_hex()",
             InsecureGroupWarning,
             stacklevel=3,
         )
     return Secret(secret)
+
+
+def warn_without_secret(listener: socket.socket) -> None:
+    """Warn that a store listens without a secret, unless on a loopback address."""
+    address = listener.getsockname()[0]
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        warnings.warn(
+            f"the store listens on {address} without a secret: whoever can reach it there can "
+            f"forge messages, which are pickles, and so run code on every rank. Give all ranks the "
+            f"same secret=, or set {VARIABLE}, to a long random text such as secrets.token_hex()",
+            InsecureGroupWarning,
+            stacklevel=4,
+        )
 
 
 def _framed(*parts: bytes) -> bytes:

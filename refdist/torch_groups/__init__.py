@@ -1,1 +1,1 @@
-"""Groups of torch without global state, and collectives on them."""
+"""Torch groups without global state, and collectives on them."""

@@ -1,4 +1,4 @@
-"""Gloo and NCCL below a torch process group: made, told apart and ended, each in one place."""
+"""The backends of a torch process group, gloo and NCCL: their choice, creation and end."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ _POLL_SECONDS = 1e-3
 def _gloo_backend(
     store: Store, rank: int, size: int, timeout: timedelta, address: str | None
 ) -> Any:
-    """Gloo, listening on ``address``; None leaves the choice to gloo, as does the user's own."""
+    """Gloo on ``address``; for None or a GLOO_SOCKET_IFNAME of the user, gloo chooses it."""
     from torch.distributed import ProcessGroupGloo
 
     gloo: Any = ProcessGroupGloo  # its annotations leave out the options
@@ -57,7 +57,7 @@ def check_backend(backend: str) -> str:
     """The name of a backend, in lower case.
 
     Raises:
-        ValueError: there is none of this name here, or it needs a GPU that is not there.
+        ValueError: no backend here has this name, or it needs a GPU and there is none.
     """
     name = str(backend).lower()
     if name not in _BACKENDS:
@@ -68,7 +68,7 @@ def check_backend(backend: str) -> str:
 
 
 def default_timeout(backend: str) -> timedelta:
-    """Torch's own for a backend."""
+    """Torch's default timeout for a backend."""
     return _BACKENDS[backend][1]
 
 
@@ -93,8 +93,8 @@ def create_group(
 def end_group(group: ProcessGroup) -> None:
     """Shut the backend of a group down.
 
-    NCCL's work that the current stream has yet to finish gets half of the group's timeout for it,
-    and is then aborted: a rank may have died.
+    NCCL work that is pending on the current stream gets half of the group's timeout to finish. Then
+    it is aborted, because a rank may have died.
 
     Raises:
         CollectiveError: NCCL did not shut down within the group's timeout.
@@ -106,13 +106,13 @@ def end_group(group: ProcessGroup) -> None:
 
 
 def _end_nccl(group: ProcessGroup, seconds: float) -> None:
-    """Shut NCCL down in a thread of its own, so that this one gives up in time."""
+    """Shut NCCL down in a thread of its own, so that this thread can give up in time."""
     began = time.monotonic()
     device = torch.cuda.current_device()
     events: Any = torch.cuda.Event  # has no annotations
     pending = events()
     pending.record()
-    # the watchdog of NCCL ends the process when work is as old as the timeout
+    # NCCL's watchdog ends the process when work is as old as the timeout
     while not pending.query() and time.monotonic() < began + seconds / 2:
         time.sleep(_POLL_SECONDS)
     if not pending.query():
@@ -137,7 +137,7 @@ def _end_nccl(group: ProcessGroup, seconds: float) -> None:
 
 
 def address_towards(host: str, port: int) -> str | None:
-    """The address by which this machine reaches another; None if ``host`` is a wildcard."""
+    """The address from which this machine reaches ``host``; None if it is a wildcard."""
     if host in ("0.0.0.0", "::"):
         return None
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

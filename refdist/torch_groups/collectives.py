@@ -1,25 +1,25 @@
-"""Collectives of a torch group: by rank in the group, each with a deadline, each named if it fails.
+"""Collectives of a torch group: by rank in the group, with a deadline, and named in errors.
 
-``torch.distributed`` has a function for each of these. Those that name no rank work on a group
+``torch.distributed`` has a function for each of these. Functions that take no rank work on a group
 without global state: ``all_reduce``, ``all_gather``, ``all_gather_into_tensor``,
-``reduce_scatter_tensor``, ``all_to_all_single``, ``barrier``, ``all_gather_object``. Those that
-name one take it as a global rank, which there is not here. Whether ``group_src`` and ``group_dst``,
-the rank in the group, help depends on torch. On 2.6 they do not. On 2.13 they do for
-``broadcast``, ``reduce``, ``scatter``, ``gather``, ``send`` and most functions for objects, but
-``recv`` raises even so, after it has received. The group's own methods take ranks of the group on
-every torch. The functions of this module call those.
+``reduce_scatter_tensor``, ``all_to_all_single``, ``barrier``, ``all_gather_object``. The other
+functions take a global rank, and such a group has none. Their arguments ``group_src`` and
+``group_dst``, the rank in the group, depend on torch. On 2.6 they do not help. On 2.13 they help
+for ``broadcast``, ``reduce``, ``scatter``, ``gather``, ``send`` and most functions for objects, but
+``recv`` still raises, after it has received. The group's own methods take ranks of the group on
+every torch. The functions of this module call these methods.
 
-A tensor may be any dense view: transposed, with gaps, conjugated or negated. What gloo or NCCL
-cannot read or write as it lies in memory goes through a copy.
+A tensor may be any dense view: transposed, with gaps, conjugated or negated. If gloo or NCCL cannot
+read or write it in place, it is copied.
 
-The ranks must pass tensors of one dtype and, up to the factor n where a function says so, of one
-size. Gloo does not check that, nor does this module, which would take another message. Gloo ends
-the process of a rank that gets more bytes than it has room for (SIGABRT, no error in Python). A
-rank that gets fewer, or others than it takes them for, returns as if all were well, with numbers
-that mean nothing. ``cpu_all_reduce_`` notices either.
+The ranks must pass tensors of one dtype and of one size, except for a factor n that a function
+names. Gloo does not check this. This module does not check it either, because a check needs another
+message. Gloo ends the process of a rank that gets more bytes than it has room for (SIGABRT, no
+error in Python). A rank that gets fewer bytes, or bytes of another dtype, returns without an error,
+with meaningless numbers. ``cpu_all_reduce_`` notices both.
 
-Each blocks until it is done with CPU tensors. With CUDA tensors it only launches the work, in order
-with what the current stream does before and after; with ``timeout`` it waits for the end.
+With CPU tensors, each function blocks until it is done. With CUDA tensors, it only launches the
+work, in the order of the current stream; with ``timeout`` it waits for the end.
 
 A group cannot be used after a failure: gloo closes its connections, and NCCL's work is aborted.
 Destroy it and form another.
@@ -52,14 +52,14 @@ def all_reduce(
     """Combine a tensor over all ranks, in place.
 
     Args:
-        tensor: of one shape and dtype on all ranks; on the CPU for gloo, on the GPU for NCCL.
-        group: all its ranks must call this, in the same order with its other collectives.
+        tensor: has one shape and dtype on all ranks; on the CPU for gloo, on the GPU for NCCL.
+        group: all its ranks must call all its collectives in the same order.
         op: sum, product, minimum or maximum; the average with NCCL, and with gloo on torch 2.13.
         timeout: at least 0; None for the group's own.
 
     Raises:
-        CollectiveError: it failed or did not end in time. So do all functions here.
-        ValueError: ``timeout`` is negative, or longer than 1e9 seconds. So here too.
+        CollectiveError: it failed or did not end in time. All functions here raise it.
+        ValueError: ``timeout`` is negative, or longer than 1e9 seconds. All functions raise it.
     """
     options = c10d.AllreduceOptions()
     options.reduceOp = op
@@ -69,7 +69,7 @@ def all_reduce(
 def broadcast(
     tensor: torch.Tensor, src: int, group: ProcessGroup, timeout: timedelta | None = None
 ) -> None:
-    """Copy the tensor of rank ``src`` of the group into that of every other rank."""
+    """Copy the tensor of rank ``src`` of the group into the tensor of every other rank."""
     options = c10d.BroadcastOptions()
     options.rootRank = check_rank(src, group.size(), "src", "group size")
     _run("broadcast", group, timeout, lambda mine: group.broadcast([mine], options), tensor)
@@ -82,7 +82,7 @@ def reduce(
     op: Any = ReduceOp.SUM,
     timeout: timedelta | None = None,
 ) -> None:
-    """Like ``all_reduce``, but only on rank ``dst`` of the group is the result defined."""
+    """Like ``all_reduce``, but the result is defined only on rank ``dst`` of the group."""
     options = c10d.ReduceOptions()
     options.reduceOp, options.rootRank = op, check_rank(dst, group.size(), "dst", "group size")
     _run("reduce", group, timeout, lambda mine: group.reduce([mine], options), tensor)
@@ -94,7 +94,7 @@ def all_gather_into_tensor(
     group: ProcessGroup,
     timeout: timedelta | None = None,
 ) -> None:
-    """Put the tensors of all ranks, in rank order, into ``output``, n times as large."""
+    """Put the tensors of all ranks, in rank order, into ``output``, which is n times as large."""
     options = c10d.AllgatherOptions()
     _run(
         "all_gather_into_tensor", group, timeout,
@@ -108,7 +108,7 @@ def all_gather(
     group: ProcessGroup,
     timeout: timedelta | None = None,
 ) -> None:
-    """Put the tensor of each rank into ``outputs``, which has one of its shape for each rank."""
+    """Put the tensor of each rank into ``outputs``, a list of one such tensor for each rank."""
     _run(
         "all_gather", group, timeout,
         lambda *parts: group.allgather([list(parts)], [plain(tensor)]), *outputs,
@@ -119,7 +119,7 @@ def reduce_scatter_tensor(
     output: torch.Tensor, tensor: torch.Tensor, group: ProcessGroup, op: Any = ReduceOp.SUM,
     timeout: timedelta | None = None,
 ) -> None:  # fmt: skip
-    """Combine ``tensor`` over all ranks; rank r gets the r-th of n parts of it in ``output``."""
+    """Combine ``tensor`` over all ranks. Rank r gets the r-th of n parts in ``output``."""
     options = c10d.ReduceScatterOptions()
     options.reduceOp = op
     _run(
@@ -132,7 +132,7 @@ def scatter(
     output: torch.Tensor, parts: Sequence[torch.Tensor] | None, src: int, group: ProcessGroup,
     timeout: timedelta | None = None,
 ) -> None:  # fmt: skip
-    """Give each rank its part of what rank ``src`` has; the others pass None for ``parts``."""
+    """Send each rank its part of rank ``src``'s ``parts``. The other ranks pass None."""
     options = c10d.ScatterOptions()
     options.rootRank = check_rank(src, group.size(), "src", "group size")
     given = [[plain(part) for part in parts or []]] if group.rank() == src else []
@@ -143,7 +143,7 @@ def gather(
     tensor: torch.Tensor, outputs: list[torch.Tensor] | None, dst: int, group: ProcessGroup,
     timeout: timedelta | None = None,
 ) -> None:  # fmt: skip
-    """Put the tensor of each rank into ``outputs`` on rank ``dst``; the others pass None."""
+    """Put the tensor of each rank into ``outputs`` on rank ``dst``. The other ranks pass None."""
     options = c10d.GatherOptions()
     options.rootRank = check_rank(dst, group.size(), "dst", "group size")
     is_dst = group.rank() == dst
@@ -160,7 +160,7 @@ def all_to_all_single(
     group: ProcessGroup,
     timeout: timedelta | None = None,
 ) -> None:
-    """Send the r-th of n parts of ``tensor`` to rank r; ``output`` gets one of each rank."""
+    """Send the r-th of n parts of ``tensor`` to rank r. ``output`` gets one part from each."""
     options = c10d.AllToAllOptions()
     _run(
         "all_to_all_single", group, timeout,
@@ -175,7 +175,7 @@ def send(
     tag: int = 0,
     timeout: timedelta | None = None,
 ) -> None:
-    """Send a tensor to rank ``dst`` of the group. NCCL knows no tags."""
+    """Send a tensor to rank ``dst`` of the group. NCCL has no tags."""
     dst = check_rank(dst, group.size(), "dst", "group size")
     _run(f"send to rank {dst}", group, timeout, lambda: group.send([plain(tensor)], dst, tag))
 
@@ -195,7 +195,7 @@ def recv(
 
 
 def barrier(group: ProcessGroup, timeout: timedelta | None = None) -> None:
-    """Wait for all ranks. With NCCL too, this waits until they are there."""
+    """Wait until all ranks have called this, with NCCL too."""
     options = c10d.BarrierOptions()
     device = _device(group)
     if device.type == "cuda":
@@ -209,9 +209,9 @@ def barrier(group: ProcessGroup, timeout: timedelta | None = None) -> None:
 def broadcast_object(
     obj: Any, src: int, group: ProcessGroup, timeout: timedelta | None = None
 ) -> Any:
-    """The object that rank ``src`` of the group passes; what the others pass is not looked at.
+    """Return the object of rank ``src`` of the group. The objects of the others are ignored.
 
-    Objects travel as pickles in tensors, here and below. Their functions block until done.
+    Here and below, objects travel as pickles in tensors, and functions block until done.
     """
     size = torch.zeros(1, dtype=torch.int64, device=_device(group))
     content = _to_tensor(obj, group) if group.rank() == src else None
@@ -264,7 +264,7 @@ def _run(
 ) -> None:
     """Start work and wait for it: on the CPU for its end, on a GPU as the module says.
 
-    ``start`` gets the tensors to write to, which are ``outputs`` or what is copied to them later.
+    ``start`` gets the tensors to write to: ``outputs``, or copies that go to ``outputs`` later.
     """
     seconds = None if timeout is None else check_timeout("timeout", timeout)
     written = [plain(output) for output in outputs]
@@ -274,7 +274,7 @@ def _run(
         work = start(*written)
         if on_gpu and seconds is not None:
             _poll(work, began + seconds)
-        # torch 2.6 does not heed the timeout of the options, but that of wait
+        # torch 2.6 ignores the timeout of the options, but not the timeout of wait
         if seconds is None or on_gpu:
             work.wait()
         else:
@@ -298,7 +298,7 @@ def _poll(work: Any, end: float) -> None:
 
 
 def _device(group: ProcessGroup) -> torch.device:
-    """Where the group's tensors are: the CPU, or the current GPU."""
+    """The device of the group's tensors: the CPU, or the current GPU."""
     devices: list[torch.device] = group._device_types
     if any(device.type == "cuda" for device in devices):
         return torch.device("cuda", torch.cuda.current_device())

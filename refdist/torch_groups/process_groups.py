@@ -1,4 +1,4 @@
-"""Torch process groups, gloo and NCCL, that no global state knows of."""
+"""Torch process groups, gloo and NCCL, without global state."""
 
 import socket
 from datetime import timedelta
@@ -9,7 +9,7 @@ from torch.distributed import Backend, PrefixStore, ProcessGroup, Store
 
 from refdist import torch_versions
 from refdist.checks import check_rank, check_timeout, wait_of
-from refdist.joining.rendezvous import listening, meet, remember
+from refdist.joining.rendezvous import form
 from refdist.store.listening import close_quietly
 from refdist.torch_groups.backends import (
     address_towards,
@@ -50,17 +50,17 @@ def init_gloo_process_group(
     """Create a gloo group over a store that all its ranks share, without global state.
 
     Blocks until all ranks have connected. vLLM dropped ``backend`` after the specification was
-    written, so it may be left out, also when the arguments are given by position.
+    written, so it may be left out, also with positional arguments.
 
     Args:
         backend: ``"gloo"``.
         prefix_store: a prefix of the store that no other group uses.
-        group_rank: this process, 0 to ``group_size - 1``.
+        group_rank: rank of this process, 0 to ``group_size - 1``.
         group_size: the number of processes.
-        timeout: for the connection and, unless they say otherwise, for the collectives.
+        timeout: timeout of the connection, and default of the collectives.
 
     Raises:
-        ValueError: ``backend`` is another one.
+        ValueError: ``backend`` is not ``"gloo"``.
         TypeError: an argument is missing.
         RuntimeError: a rank did not connect in time.
 
@@ -68,7 +68,7 @@ def init_gloo_process_group(
     """
     given = [backend, prefix_store, group_rank, group_size, timeout]
     if isinstance(backend, Store) and None in given:
-        # without backend, what was given by position is one place too early, up to the first None
+        # without backend, positional arguments are one place too early, up to the first None
         given.remove(None)
         backend, prefix_store, group_rank, group_size, timeout = "gloo", *given
     arguments = {
@@ -123,43 +123,43 @@ def stateless_init_torch_distributed_process_group(
     listen_socket: socket.socket | None = None,
     timeout: timedelta | None = None,
 ) -> ProcessGroup | tuple[ProcessGroup, Store]:
-    """Form a group of torch with the other processes that call this with the same host and port.
+    """Form a torch group with the other processes that call this with the same host and port.
 
-    In place of ``torch.distributed.init_process_group``, which forms one group in a process and
-    for good. Processes 1 to 8 can form one group, and processes 9 and 10 another, whether or not
-    they are the same as some of 1 to 8. Blocks until all ranks have come.
+    It replaces ``torch.distributed.init_process_group``, which forms one permanent group in a
+    process. Processes 1 to 8 can form one group, and processes 9 and 10 another, even if both are
+    among 1 to 8. The call blocks until all ranks have come.
 
     Functions that need no global rank work on the group, such as
-    ``torch.distributed.all_reduce(tensor, group=group)``. Those that name a rank (``broadcast``,
-    ``send``, ``recv``) take it as a global rank, which there is not.
+    ``torch.distributed.all_reduce(tensor, group=group)``. Functions that take a rank
+    (``broadcast``, ``send``, ``recv``) take a global rank, and this group has none.
     ``refdist.torch_groups.collectives`` has them all by rank in the group, on every torch:
-    ``collectives.broadcast(tensor, 0, group)``. It also says which
-    of torch's own take ``group_src`` or ``group_dst`` on which torch.
+    ``collectives.broadcast(tensor, 0, group)``. It also lists torch's own functions that take
+    ``group_src`` or ``group_dst``, by torch version.
 
     A secret of ``StatelessProcessGroup.create``, or in REFDIST_SECRET, does not cover these groups.
-    Gloo and NCCL trade addresses through the store and tensors over connections of their own, and
-    check neither: they need a network that you trust.
+    Gloo and NCCL exchange addresses through the store and tensors over their own connections. They
+    check neither, so they need a network that you trust.
 
     Args:
-        host: where rank 0 listens, and nowhere else: a name, an IPv4 or an IPv6 address.
-        port: where rank 0 listens. For a free one, bind a socket to port 0, tell the other ranks
-            its port and pass it as ``listen_socket``.
-        rank: this process, 0 to ``world_size - 1``.
+        host: the only address on which rank 0 listens: a name, an IPv4 or an IPv6 address.
+        port: port on which rank 0 listens. For a free one, bind a socket to port 0, tell the other
+            ranks its port and pass it as ``listen_socket``.
+        rank: rank of this process, 0 to ``world_size - 1``.
         world_size: the number of processes.
-        backend: ``"gloo"`` for CPU tensors, or ``"nccl"`` for those of this process's current
-            CUDA device.
-        group_name: registers the group with torch under this name, for functional collectives
-            and symmetric memory.
-        return_store: return the store of the group too.
+        backend: ``"gloo"`` for CPU tensors, or ``"nccl"`` for tensors on the current CUDA device
+            of this process.
+        group_name: name under which torch registers the group, for functional collectives and
+            symmetric memory.
+        return_store: whether to return the store of the group too.
         listen_socket: on rank 0, a bound TCP socket to listen on, in place of host and port. It
             stays the caller's.
-        timeout: for the creation and, unless they say otherwise, for the collectives; None for
-            torch's default, 30 minutes for gloo and 10 for NCCL.
+        timeout: timeout of the creation, and default of the collectives; None for torch's
+            default, 30 minutes for gloo and 10 for NCCL.
 
     Raises:
         ValueError: an argument is out of its range, the backend is unknown or needs a GPU that
             is not there, the name or the rank is taken, or rank 0 was given another world size.
-        OSError: the host does not resolve, or on rank 0, cannot be listened on.
+        OSError: the host does not resolve, or rank 0 cannot listen on it.
         GroupCreationError, StoreConnectionError: a rank did not come in time.
 
     Source: the specification of ``vllm.distributed.utils``.
@@ -168,16 +168,17 @@ def stateless_init_torch_distributed_process_group(
     if group_name is not None and torch_versions.registered_group(group_name) is not None:
         raise ValueError(f"group_name={group_name!r}: is taken by another group of this process")
     seconds = check_timeout("timeout", default_timeout(name) if timeout is None else timeout)
-    with listening(host, port, rank, listen_socket) as listener:
-        client, _, _ = meet(host, port, rank, world_size, seconds, listener)
-        place = torch_versions.tcp_store_of(client.store)
+    joined = form(host, port, rank, world_size, seconds, listen_socket)
+    try:
+        place = torch_versions.tcp_store_of(joined.client.store)
         group_store = PrefixStore("group", place)
         address = address_towards(place.host, place.port)
         group = create_group(name, group_store, rank, world_size, wait_of(seconds), address)
-    remember(group, host, place.port, rank)
-    if listen_socket is None:
+    finally:
         # the store listens on its own duplicate
-        close_quietly(listener)
+        if joined.own_listener:
+            close_quietly(joined.listener)
+    joined.remember(group, host)
     if group_name is not None:
         _register(group, group_name)
     return (group, group_store) if return_store else group
@@ -186,9 +187,9 @@ def stateless_init_torch_distributed_process_group(
 def stateless_destroy_torch_distributed_process_group(pg: ProcessGroup) -> None:
     """Destroy a group of ``stateless_init_torch_distributed_process_group``.
 
-    Shuts its backend down and, where it was registered under a name, removes it from there. The
-    other ranks are not waited for. NCCL's work that the current stream has yet to finish gets half
-    of the group's timeout for it, and is then aborted: a rank may have died.
+    It shuts the backend down and unregisters the group's name, if any. It does not wait for the
+    other ranks. NCCL work that is pending on the current stream gets half of the group's timeout to
+    finish. Then it is aborted, because a rank may have died.
 
     Raises:
         CollectiveError: NCCL did not shut down within the group's timeout.

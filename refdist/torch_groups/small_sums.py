@@ -1,15 +1,14 @@
 """The sum of a small CPU tensor over a gloo group, with few messages.
 
 Gloo's own all-reduce sends parts of the tensor around a ring: 2 (n - 1) steps one after the
-other, each with messages of every rank. That suits large tensors. A small one costs what its
-messages cost, so here it travels whole, along a tree: each rank adds what its children have, in
-order, and hands it to its parent, and the sum comes back the same way. That is 2 (n - 1) messages
-in all. Two ranks swap their tensors instead, which takes one step.
+other, each with messages of every rank. This suits large tensors. A small tensor costs as much as
+its messages, so here it travels whole, along a tree. Each rank adds the tensors of its children, in
+order, and sends the sum to its parent. The total comes back the same way. This takes 2 (n - 1)
+messages in all. Two ranks swap their tensors instead, in one step.
 
-It sends and receives, which gloo does in the calling thread; a collective of gloo's goes to a
-thread of its own first.
+Gloo sends and receives in the calling thread. It hands a collective to another thread first.
 
-The sum is made once, or by both of two ranks in the same order, so it has the same bits everywhere.
+One rank computes the sum, or both of two ranks in the same order. So its bits are equal everywhere.
 """
 
 import time
@@ -26,7 +25,7 @@ from refdist.errors import failure
 from refdist.objects.tensors import plain
 
 _FAN_OUT = 8
-_TAGS = 1 << 30  # and above: apart from the tags that users send with
+_TAGS = 1 << 30  # our smallest tag, above the tags of users
 
 
 def cpu_all_reduce_(
@@ -34,13 +33,13 @@ def cpu_all_reduce_(
 ) -> torch.Tensor:
     """Sum a small CPU tensor over the ranks of a gloo group, in place, with low latency.
 
-    Meant for up to some 64 KiB. The result has the same bits on every rank. Every addition rounds
-    to the tensor's dtype.
+    It is meant for up to about 64 KiB. The result has the same bits on every rank. Every addition
+    rounds to the tensor's dtype.
 
     Args:
-        tensor: on the CPU, the same shape and dtype on every rank.
+        tensor: a CPU tensor with the same shape and dtype on every rank.
         group: a gloo group.
-        timeout: for the whole call, at least 0; None for the group's own.
+        timeout: timeout of the whole call, at least 0; None for the group's own.
 
     Returns:
         ``tensor``.
@@ -51,7 +50,7 @@ def cpu_all_reduce_(
         CollectiveError: a rank did not come in time, or came with another shape or dtype, or its
             connection was lost. The group cannot be used again.
 
-    Source: ``vllm.distributed.utils``, from which it has its name and signature.
+    Source: ``vllm.distributed.utils``, for its name and signature.
     """
     if tensor.device.type != "cpu":
         raise ValueError(f"tensor on {tensor.device}: must be on the CPU")
@@ -84,7 +83,7 @@ def cpu_all_reduce_(
 def _tag(tensor: torch.Tensor) -> int:
     """The tag of the messages: 30 bits of a hash of the dtype and the shape.
 
-    Gloo looks at neither. So a rank never receives a message of another kind than it expects.
+    Gloo checks neither. The tag keeps a rank from receiving a message of another dtype or shape.
     """
     return _TAGS | zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode()) >> 2
 
@@ -97,7 +96,7 @@ def _swap(
     sending = group.send([total], peer, tag)
     finish(group.recv([other], peer, tag))
     finish(sending)
-    # rank 0's comes first on both, which matters for the bits of NaN
+    # rank 0's comes first on both, because the order decides the bits of NaN
     first, second = (total, other) if peer else (other, total)
     torch.add(first, second, out=total)
 
@@ -118,7 +117,7 @@ def _sum_along_tree(
         result = torch.empty_like(total)
         sending = group.send([total], parent, tag)
         finish(group.recv([result], parent, tag))
-        finish(sending)  # which it is by now: this wakes no thread
+        finish(sending)  # it is done by now, so this wakes no thread
         total.copy_(result)
     for sending in [group.send([total], child, tag) for child in children]:
         finish(sending)

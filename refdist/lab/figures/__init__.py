@@ -1,10 +1,10 @@
 """Figures of plain data: barrier events, schedules, partitions, timings. Each returns one Figure.
 
-Every distinction that is made by a colour is also made by a hatch, a marker or a label.
+A hatch, a marker or a label repeats every distinction by colour.
 """
 
 try:
-    import matplotlib  # noqa: F401  # so that what it says of its absence is said once
+    import matplotlib  # noqa: F401  # so that one place reports its absence
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"refdist.lab.figures needs {error.name}: pip install 'refdist[notebooks]'", name=error.name

@@ -1,4 +1,4 @@
-"""Figures of how long all-reduce takes."""
+"""Figures of the time of all-reduce."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,9 @@ def all_reduce_times(
     """Time and bus bandwidth of all-reduce against the message size, each on logarithmic axes.
 
     Args:
-        timings: of one way, by size.
+        timings: timings of one way, by size.
         title: the figure's title.
-        line: fitted to the times, drawn beside them.
+        line: line fitted to the times, drawn beside them.
         limit: bytes a second that a link carries each way, drawn beside the bandwidths.
     """
     if not timings:
@@ -100,7 +100,7 @@ def all_reduce_ways(timings: Sequence[AllReduceTiming], title: str = "") -> Figu
 
 
 def _size_axis(ax: Axes, sizes: Sequence[int]) -> None:
-    """A logarithmic axis of message sizes, with a mark at each, or at every other of many."""
+    """Draw a logarithmic axis of message sizes, with a mark at each or every second size."""
     shown = sizes[:: 1 if len(sizes) < 9 else 2]
     ax.set_xscale("log", base=2)
     ax.set_xticks(shown, [size_name(size) for size in shown])

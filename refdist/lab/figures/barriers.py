@@ -1,4 +1,4 @@
-"""Figures of barriers, and of what they leave in the store."""
+"""Figures of barriers, and of the keys in the store."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,9 +6,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from refdist.barrier.phases import PhaseEvent
 from refdist.lab.figures.style import BLUE, DPI, GREEN, LABEL, ORANGE, SKY, finished
 from refdist.lab.observer import KeyCount
+from refdist.phases import PhaseEvent
 
 _PHASES = {
     "arrival": (SKY, "///"),
@@ -18,9 +18,10 @@ _PHASES = {
 
 
 def barrier_timeline(events: Iterable[PhaseEvent], title: str = "") -> Figure:
-    """One row a rank, one colour and hatch a phase; seconds since the first rank arrived.
+    """The phases of barriers: one row a rank, one colour and hatch a phase.
 
-    A phase that is too short to be seen at this scale shows as a line.
+    The axis has seconds since the first rank arrived. A phase that is too short to be seen at this
+    scale shows as a line.
     """
     all_events = sorted(events, key=lambda event: (event.rank, event.start))
     if not all_events:
@@ -55,11 +56,11 @@ def barrier_timeline(events: Iterable[PhaseEvent], title: str = "") -> Figure:
 def keys_over_time(
     counts: Sequence[KeyCount], marks: Sequence[tuple[float, str]] = (), title: str = ""
 ) -> Figure:
-    """How many keys a store holds, as a line over time, with moments marked from A on.
+    """The number of keys in a store over time, with moments marked from A on.
 
     Args:
-        counts: as a KeyObserver sees them.
-        marks: moments on the same clock, and what happened then.
+        counts: counts of a KeyObserver.
+        marks: moments on the same clock, and the event of each.
         title: the figure's title.
     """
     if not counts:

@@ -1,4 +1,4 @@
-"""Figures of partitions: rules side by side, how uneven they are, what a better one gains."""
+"""Figures of partitions: rules side by side, their imbalance, the gain of the best."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from refdist.lab.figures.style import BLUE, DPI, GREY, LABEL, ORANGE, SKY, VERMI
 from refdist.pipeline import Assessment
 from refdist.pipeline.study import Gain
 
-_MANY_STAGES = 24  # blocks narrower than their numbers
+_MANY_STAGES = 24  # with more, blocks are narrower than their numbers
 
 
 def stages_of_models(partitions: Mapping[str, Mapping[int, Sequence[int]]]) -> Figure:
-    """How the layers of models fall on stages: a panel a model, a row for each number of stages.
+    """The layers of models on stages: a panel a model, a row for each number of stages.
 
     Args:
         partitions: for each model and number of stages, the layers of each stage in order.
@@ -63,7 +63,7 @@ def _stage_legend() -> list[Patch]:
 
 
 def remainder_map(extra: Sequence[Sequence[int]], title: str = "") -> Figure:
-    """Which stages get one layer more: a row for each remainder, a column for each stage.
+    """The stages that get one layer more: a row for each remainder, a column for each stage.
 
     Args:
         extra: for each remainder 0, 1, ..., the extra layers of each stage (0 or 1).
@@ -97,7 +97,7 @@ def remainder_map(extra: Sequence[Sequence[int]], title: str = "") -> Figure:
 
 
 def rules_side_by_side(rows: Sequence[Assessment], title: str = "") -> Figure:
-    """The layers of each stage, a row for each rule; and the reason of one that refuses."""
+    """The layers of each stage, a row for each rule. A rule that refuses shows its reason."""
     fig, ax = plt.subplots(figsize=(10, 1.3 + 0.42 * len(rows)), layout="constrained", dpi=DPI)
     num_layers = max(sum(row.layers_per_stage) for row in rows)
     for number, row in enumerate(rows):
@@ -168,11 +168,11 @@ def imbalance_maps(
     sizes: Sequence[int],
     title: str = "",
 ) -> Figure:
-    """By how much the heaviest stage exceeds the mean: a map for each rule.
+    """The excess of the heaviest stage over the mean: a map for each rule.
 
     Args:
         maps: for each rule, a row for each number of stages, a column for each number of layers;
-            not a number where the rule has no answer that leaves every stage a layer.
+            NaN where the rule refuses or leaves a stage without layers.
         layers: numbers of layers.
         sizes: numbers of stages.
         title: the figure's title.
@@ -204,7 +204,7 @@ def imbalance_maps(
 
 
 def gain_against_room(gains: Sequence[Gain], title: str = "") -> Figure:
-    """What the best partition gains, against the room that the weights leave; a point a case."""
+    """The gain of the best partition against the room that the weights leave; a point a case."""
     fig, axes = plt.subplots(
         1, 2, figsize=(11, 4.2), layout="constrained", dpi=DPI, sharex=True, sharey=True
     )

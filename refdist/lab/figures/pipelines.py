@@ -1,4 +1,4 @@
-"""Figures of pipelines: what fills their stages, and how long those take."""
+"""Figures of pipelines: the memory and the times of their stages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,13 +27,13 @@ def memory_of_stages(
     partitions: Mapping[str, tuple[Sequence[range], int]],
     title: str = "",
 ) -> Figure:
-    """What fills each stage: its layers, embedding or head, and the cache with so many blocks.
+    """The memory of each stage: its layers, embedding or head, and the blocks of the cache.
 
     Args:
-        model: what is served.
-        device: of each stage.
-        serving: how.
-        partitions: by name, the layers of each stage, and the blocks that the pipeline has.
+        model: the model that is served.
+        device: device of each stage.
+        serving: serving settings.
+        partitions: by name, the layers of each stage, and the blocks of the pipeline.
         title: the figure's title.
     """
     fig, axes = plt.subplots(
@@ -73,10 +73,10 @@ def predicted_against_measured(
     predicted: Mapping[str, Sequence[float]],
     title: str = "",
 ) -> Figure:
-    """The time of each stage of a real pipeline, beside what the roofline says; a panel a rule.
+    """The time of each stage of a real pipeline, beside the roofline's; a panel for each rule.
 
     Args:
-        timings: for each rule, what each stage measured.
+        timings: for each rule, the measurements of each stage.
         predicted: for each rule, the seconds of each stage.
         title: the figure's title.
     """
@@ -119,7 +119,7 @@ def _draw_stage_time(ax: Axes, timing: StageTiming, predicted: float) -> None:
 
 
 def pipeline_timeline(timings: Mapping[str, Sequence[StageTiming]], title: str = "") -> Figure:
-    """When each stage worked on which micro-batch, as measured; a panel for each rule."""
+    """The measured times of each stage on each micro-batch; a panel for each rule."""
     fig, axes = plt.subplots(
         len(timings), 1, figsize=(10, 0.7 + 1.5 * len(timings)), layout="constrained", dpi=DPI,
         sharex=True, squeeze=False,

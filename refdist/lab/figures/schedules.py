@@ -23,7 +23,7 @@ _EVENTS = {
 
 
 def schedule(timeline: Timeline, title: str = "") -> Figure:
-    """A schedule from top to bottom: one column a rank, one row for what a rank does or learns.
+    """A schedule from top to bottom: one column a rank, one row an event.
 
     A column's line is thick while the rank is in a call, and dotted while it waits. An arrow leads
     from the step that wakes a rank to that rank, from the left.
@@ -88,7 +88,7 @@ def _draw_lifeline(ax: Axes, x: float, own: Sequence[tuple[int, Event]], length:
 
 
 def _draw_arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """Along the row of the start, which has one label, and down where no column has any."""
+    """Draw along the row of the start, which has one label, then down where no column has any."""
     beside = end[0] - 0.22
     ax.plot(
         [start[0], beside, beside], [start[1], start[1], end[1]],

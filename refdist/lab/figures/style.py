@@ -1,4 +1,4 @@
-"""What all figures have in common.
+"""The common style of all figures.
 
 The colours are from Okabe and Ito's palette, which colour-blind readers can tell apart.
 """

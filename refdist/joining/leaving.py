@@ -1,0 +1,112 @@
+"""How a rank leaves a group: rank 0, whose store the others use, waits until they have left."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from torch.distributed import DistError, Store
+
+from refdist.barrier.plain import Barrier
+from refdist.calls import Calls
+from refdist.deadline import Deadline
+from refdist.errors import BarrierError, ConcurrentCallError, StoreConnectionError, name_ranks
+from refdist.joining.membership import GONE
+from refdist.joining.realigning import break_off
+from refdist.store import keys
+from refdist.store.client import StoreClient
+
+_GRACE_SECONDS = 1.0
+
+
+class Leaving:
+    """The methods of a group with which a rank leaves it; also at the end of a ``with`` block."""
+
+    store: Store
+    _barrier: Barrier
+    _calls: Calls
+    # a socket that was passed in stays its owner's
+    _release_socket: Callable[[], object] | None = None
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Leave the group. Rank 0, whose store the others use, waits until they have left.
+
+        A group that is not closed ends with its process, or when nothing refers to it. Closing
+        again does nothing.
+
+        Args:
+            timeout: seconds that rank 0 waits; 0 to leave at once.
+
+        Raises:
+            BarrierError: on rank 0, when a rank did not leave in time. The group is closed.
+            ConcurrentCallError: another thread is in a call. The group is not closed.
+        """
+        self._close(timeout, None)
+
+    def _close(self, timeout: float, reason: str | None) -> None:
+        """Leave. With a reason, the others learn it if they wait in a barrier."""
+
+        def go(deadline: Deadline) -> None:
+            if reason is not None:
+                break_off(self._barrier, reason)
+            _leave(self._barrier.store, self._barrier.rank, self._barrier.world_size, deadline)
+
+        try:
+            self._calls.close("close", timeout, go)
+        finally:
+            if self._calls.closed:
+                self.end()
+
+    def end(self) -> None:
+        """End the group on this rank at once. On rank 0, its store ends, also for the others."""
+        # an error that is kept, as a notebook does, keeps the group, but the store must end
+        self._calls.end()
+        if hasattr(self, "store"):
+            del self.store
+        if self._release_socket is not None:
+            self._release_socket()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        # the others may have to read why; but they may be dead, and the store lost
+        with suppress(BarrierError, ConcurrentCallError, StoreConnectionError):
+            self._close(_GRACE_SECONDS, f"it left the group because of {kind.__name__}")
+
+
+def _leave(store: StoreClient, rank: int, world_size: int, deadline: Deadline) -> None:
+    """Say that this rank uses the store no more; rank 0 waits until all others have said so.
+
+    Raises:
+        BarrierError: on rank 0, when a rank did not say so in time. Where no time at all is
+            allowed, it neither waits nor raises.
+    """
+    if rank != 0:
+        # where the store is gone already, nobody waits for this
+        with suppress(DistError):
+            store.set(keys.member(rank), GONE)
+            if store.add(keys.gone(), 1) == world_size - 1:
+                store.set(keys.all_gone(), "")
+        return
+    if world_size == 1 or deadline.allowed == 0 or store.wait([keys.all_gone()], deadline):
+        return
+    missing = [r for r in range(1, world_size) if store.peek(keys.member(r)) != GONE]
+    raise BarrierError(
+        f"rank 0 closed the group, but waited in vain for {name_ranks(missing)} to close it: "
+        f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",
+        phase="departure",
+        missing=missing,
+        elapsed=deadline.elapsed(),
+        allowed=deadline.allowed,
+        broken_by=0,
+        completed=True,
+    )
