@@ -138,7 +138,8 @@ def error_of(outcome: bytes, generation: int, world_size: int) -> BarrierError:
         if outcome == UNTOLD:
             text = "by a rank that died before it said why"
         elif outcome.startswith(UNTRUSTED):
-            text = f"and why cannot be trusted: {outcome.removeprefix(UNTRUSTED).decode()}"
+            why = outcome.removeprefix(UNTRUSTED).decode(errors="replace")
+            text = f"and why cannot be trusted: {why}"
         return BarrierError(
             f"barrier {generation} was broken {text}", phase="arrival", generation=generation
         )

@@ -273,9 +273,9 @@ class StatelessProcessGroup(Leaving, TensorMethods):
 
     def _receive_broadcast(self, src: int, timeout: float | None, convert: Convert | None) -> Any:
         deadline, name = self._deadline("broadcast_obj", timeout), ("broadcast", src)
-        receive = self._mailbox.receive_broadcast
+        receive = self._mailbox.receive
         return self._calls.run(
-            "broadcast_obj", deadline, receive, src, deadline, convert, kept=name
+            "broadcast_obj", deadline, receive, src, deadline, convert, True, kept=name
         )
 
     def all_gather_obj(self, obj: Any, timeout: float | None = None) -> list[Any]:

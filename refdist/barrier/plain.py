@@ -8,22 +8,20 @@ Confirmation
     everyone on the roll proposes "complete", another one "broken", and says why. So all ranks
     return or all raise, also when the last arrival and a timeout meet, and a rank that comes late.
 Departure
-    Each rank signs off and adds one to the count again. Rank 0 hosts the store, which the others
-    still need, so it leaves last: the last of the others writes the key for which rank 0 waits.
+    Each rank signs off and adds one to the count again. Rank 0 hosts the store, so it leaves last:
+    the last of the others writes the key for which rank 0 waits.
 
 Each try has keys of its own. A rank that arrives at one has done with those before it, so the ranks
-delete the 4 earlier keys as they leave. A rank waits for 4 requests of constant size, the last to
-arrive for 5, and for one more in each further second.
+delete the 4 earlier keys as they leave. A rank waits for 4 requests of constant size, rank 0 for 5
+unless it is the last to leave; and for one more in each further second.
 
-A rank that is interrupted in arrival proposes "again". If that holds, no barrier is counted, and
-the others try again. Otherwise the interrupt waits until the rank has left. With a secret, the roll
-and the outcome carry tags. The count has none and decides nothing: a stranger can make a barrier
-fail, in time, but never pass.
+A rank that is interrupted in arrival proposes "again": then no barrier is counted, and the others
+try again. If another outcome holds, the interrupt waits until the rank has left. With a secret, the
+roll and the outcome carry tags. The count has none and decides nothing: a stranger can make a
+barrier fail, in time, but never pass.
 """
 
 from typing import Any
-
-from torch.distributed import Store
 
 from refdist.barrier.roll import AGAIN, ARRIVED, COMPLETE, ENTRY, LEFT, Roll, Try
 from refdist.deadline import CancelledWaitError, Deadline
@@ -35,11 +33,12 @@ from refdist.store.seals import NO_SEALS, NoSeals
 
 
 class Barrier:
-    """The barriers of a group, one after the other. ``generation`` is the number of the next."""
+    """The barriers of a group over a torch store, one after the other.
 
-    def __init__(
-        self, store: Store | StoreClient, rank: int, world_size: int, seals: NoSeals = NO_SEALS
-    ) -> None:
+    ``generation`` counts them. The steps are ``arrive``, ``confirm`` and ``depart``.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int, seals: NoSeals = NO_SEALS) -> None:
         self.store = store if isinstance(store, StoreClient) else StoreClient(store)
         self.rank, self.world_size, self.seals = rank, world_size, seals
         self.generation = self.tries = 0
@@ -51,9 +50,7 @@ class Barrier:
         return self.wait(timeout, value) or []
 
     def wait(self, timeout: float | Deadline, value: bytes = b"") -> list[bytes] | None:
-        """Block until all ranks have called ``wait``; rank 0 until all have left, as well.
-
-        ``timeout`` is in seconds, for arrival and again for departure.
+        """Block until all ranks have come; rank 0 until all have left. Seconds for each of both.
 
         Raises:
             BarrierError: on every rank that entered, when a rank did not arrive in time; on rank
@@ -111,13 +108,16 @@ class Barrier:
         if self.rank == 0 and left < self.world_size:
             self.wait_for_others(this, "wait", [this.keys.all_left])
 
+    def all_have_left(self, this: Try) -> bool:
+        """Whether all ranks have left."""
+        return self.store.add(this.keys.counter, 0) == 2 * self.world_size
+
     def wait_for_others(self, this: Try, *request: Any) -> None:
         """Wait until all ranks have left. The last might not have been able to say so."""
         this.deadline.restart()
-        in_time, waited = self.store.in_slices(this.deadline, *request), this.deadline
-        left = range(self.world_size) if in_time else self.read(this).left
-        missing = [rank for rank in range(1, self.world_size) if rank not in left]
-        if missing:
+        if not (self.store.in_slices(this.deadline, *request) or self.all_have_left(this)):
+            others, waited = set(range(1, self.world_size)), this.deadline
+            missing = sorted(others - self.read(this).left or others)
             raise not_left(missing, self.generation, waited.elapsed(), waited.allowed)
 
     def go_past(self, this: Try) -> None:
@@ -133,8 +133,8 @@ class Barrier:
 
     def look(self, this: Try) -> bytes | None:
         """The outcome; None while there is none."""
-        found = self.store.peek(this.keys.outcome)
-        return None if found is None else self.seals.unseal_outcome(this.keys.outcome, found)
+        found = self.store.check([this.keys.outcome]) and self.store.peek(this.keys.outcome)
+        return self.seals.unseal_outcome(this.keys.outcome, found) if found else None
 
     def sign(self, this: Try, kind: int, value: bytes = b"") -> None:
         """Append an entry to the roll."""

@@ -115,6 +115,10 @@ class Barrier(plain.Barrier):
         if self.rank == 0 and not everyone:
             self.wait_for_others(this, "barrier", this.keys.left, OPEN)
 
+    def all_have_left(self, this: Try) -> bool:
+        """Whether all ranks have left."""
+        return self.store.add(this.keys.state, 0) & COUNT == self.world_size
+
     def go_past(self, this: Try) -> None:
         """End the epoch, as this barrier is broken."""
         if self.rank == 0:

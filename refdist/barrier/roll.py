@@ -120,5 +120,5 @@ class Try:
         if not missing:
             return COMPLETE
         over = waited.remaining() == 0
-        why = "its time was up" if over else "the count says that all have arrived"
+        why = "its time was up" if over else "its wait ended before all had arrived"
         return outcome_of(rank, why, missing, waited.elapsed(), waited.allowed)

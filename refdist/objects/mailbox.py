@@ -81,16 +81,19 @@ class Mailbox:
         leftovers.add_broadcast([its.own, its.readers] if encoded.count else [its.own])
         self._send(its, encoded, deadline)
 
-    def receive(self, source: int, deadline: Deadline, convert: Convert | None) -> Any:
-        """Receive a message, and convert it.
+    def receive(
+        self, source: int, deadline: Deadline, convert: Convert | None, broadcast: bool = False
+    ) -> Any:
+        """Receive a message, or a broadcast, and convert it.
 
         A timeout, an interrupt or a lack of room leaves the object for the next call. An interrupt
         that comes later leaves it in ``kept``, also for the next call.
 
         Args:
-            source: its sender.
+            source: its sender, and its name in ``kept``; that of a broadcast is a pair.
             deadline: of the call.
             convert: the object into what is returned; it may raise MessageError.
+            broadcast: whether it is one.
 
         Raises:
             MessageTimeoutError: it did not come in time, or not all of it.
@@ -102,22 +105,38 @@ class Mailbox:
                 again, once.
             CancelledWaitError: the deadline was cancelled.
         """
-        if source not in self._kept:
-            its = keys.message(source, self._rank, self._received[source])
-            self._kept[source] = self._take(its, source, deadline, self._end_message)
-        return self._kept[source] if convert is None else self._converted(source, convert)
-
-    def receive_broadcast(self, source: int, deadline: Deadline, convert: Convert | None) -> Any:
-        """Receive a broadcast, and convert it. As ``receive``; it is kept under a pair."""
-        name = "broadcast", source
-        if name not in self._kept:
-            its = keys.broadcast(source, self._broadcasts[source])
-            self._kept[name] = self._take(its, source, deadline, self._end_broadcast)
+        name: Any = ("broadcast", source) if broadcast else source
+        if name in self._kept:
+            return self._converted(name, convert)
+        its, end = keys.message(source, self._rank, self._received[source]), self._end_message
+        if broadcast:
+            its, end = keys.broadcast(source, self._broadcasts[source]), self._end_broadcast
+        decoder = None
+        try:
+            decoder = Decoder(its.own, self._wait_for(its.own, its, deadline))
+            if decoder.chunks:
+                self.read_chunks(its, decoder, deadline)
+            self._kept[name] = decoder.decode(deadline)
+        except MessageTimeoutError as error:
+            rest = "this" if decoder is None else "the rest"
+            raise MessageTimeoutError(
+                f"{its.own}: rank {self._rank} waited in vain for {rest} from rank {source}: "
+                f"{error}",
+                [source],
+            ) from None
+        except (MessageError, UserCodeError) as error:
+            if isinstance(error, UserCodeError) and self._ended_by_user != its.own:
+                # perhaps a signal's handler has raised it, and not the object
+                self._ended_by_user = its.own
+                raise
+            end(its, source, 0 if decoder is None else decoder.chunks)
+            raise
+        end(its, source, decoder.chunks)
         return self._kept[name] if convert is None else self._converted(name, convert)
 
-    def _converted(self, name: Any, convert: Convert) -> Any:
+    def _converted(self, name: Any, convert: Convert | None) -> Any:
         try:
-            return convert(self._kept[name])
+            return self._kept[name] if convert is None else convert(self._kept[name])
         except MessageError:
             del self._kept[name]
             raise
@@ -155,36 +174,6 @@ class Mailbox:
                 self._write(its.chunk(index), encoding.failure(why))
                 raise
             self._write(its.chunk(index), chunk)
-
-    def _take(
-        self,
-        its: ObjectKeys,
-        source: int,
-        deadline: Deadline,
-        end: Callable[[ObjectKeys, int, int], None],
-    ) -> Any:
-        decoder = None
-        try:
-            decoder = Decoder(its.own, self._wait_for(its.own, its, deadline))
-            if decoder.chunks:
-                self.read_chunks(its, decoder, deadline)
-            obj = decoder.decode(deadline)
-        except MessageTimeoutError as error:
-            rest = "this" if decoder is None else "the rest"
-            raise MessageTimeoutError(
-                f"{its.own}: rank {self._rank} waited in vain for {rest} from rank {source}: "
-                f"{error}",
-                [source],
-            ) from None
-        except (MessageError, UserCodeError) as error:
-            if isinstance(error, UserCodeError) and self._ended_by_user != its.own:
-                # perhaps a signal's handler has raised it, and not the object
-                self._ended_by_user = its.own
-                raise
-            end(its, source, 0 if decoder is None else decoder.chunks)
-            raise
-        end(its, source, decoder.chunks)
-        return obj
 
     def read_chunks(self, its: ObjectKeys, decoder: Decoder, deadline: Deadline) -> None:
         """Read the chunks of a large object. Raises as ``receive``."""

@@ -132,14 +132,14 @@ class StoreClient:
             self._lose(error)
             raise
 
-    def peek(self, key: str, never_written: bytes = _NEVER_WRITTEN) -> bytes | None:
-        """The value of a key, or None where it does not exist.
+    def peek(self, key: str) -> bytes | None:
+        """The value of a key, for which no rank waits, or None where it does not exist.
 
         ``get`` would wait for the key. ``compare_set`` with an expected value that nobody writes
         answers with the present value and changes nothing.
         """
-        value = self.compare_set(key, never_written, never_written)
-        return None if value == never_written else value
+        value = self.compare_set(key, _NEVER_WRITTEN, _NEVER_WRITTEN)
+        return None if value == _NEVER_WRITTEN else value
 
     def decide(self, key: str, proposal: bytes) -> bytes:
         """Write ``proposal`` unless the key has a value. Returns the value that it has then."""
@@ -165,18 +165,22 @@ class StoreClient:
 
         With ``once``, None also when a slice has passed.
 
-        The libuv server of TCPStore also ends a wait when another client compares the key before it
-        exists, so this waits again while there is no value. One request more than a wait.
+        One request more than a wait. The libuv server of TCPStore also ends a wait when another
+        client compares the key before it exists. Then this waits again, and looks with ``check``
+        from then on: if it compared the key itself, such ranks would wake each other without end.
         """
+        absent = False  # whether a wait has ended although the key was not there
         while True:
             in_time = self.in_slices(deadline, "wait", [key], once=once)
-            value = self.compare_set(key, _NEVER_WRITTEN, _NEVER_WRITTEN)
-            if value != _NEVER_WRITTEN:
+            if (absent or not in_time) and not self.check([key]):
+                if not in_time:
+                    return None
+                continue
+            never_written = _NEVER_WRITTEN_EITHER if absent else _NEVER_WRITTEN
+            value = self.compare_set(key, never_written, never_written)
+            if value != never_written:
                 return value
-            if not in_time or deadline.remaining() == 0:
-                return None
-            if (strange := self.peek(key, _NEVER_WRITTEN_EITHER)) is not None:
-                return strange  # a stranger has written what nobody writes
+            absent = True
 
     def barrier(self, key: str, count: int, deadline: Deadline) -> bool:
         """Add one to a key and wait until it is at least ``count``, or the slice is over.
