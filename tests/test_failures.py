@@ -29,6 +29,7 @@ from refdist import (
 )
 from refdist.barrier import quick
 from refdist.barrier.roll import Roll
+from refdist.errors import name_ranks
 from refdist.objects.encoding import CHUNK_BYTES
 from refdist.store import keys
 from refdist.store.keys import PlainKeys, Slot
@@ -330,8 +331,9 @@ def test_killed_before_it_has_arrived(without):
     _check_cases(_dies_in_a_barrier, _check_broken, cases, _the_victim)
 
 
-# It dies when it has signed, and has not signed off. The others return, except rank 0: in time, an
-# error that says that the barrier completed, and names the rank.
+# It dies when it has signed, and is not counted among those that have left. The others return,
+# except rank 0: in time, an error that says that the barrier completed, and names the rank; or all
+# of the others, if all have signed off.
 
 
 def _check_completed(world_size, dead, step, without, results):
@@ -343,7 +345,8 @@ def _check_completed(world_size, dead, step, without, results):
             assert first is None
             continue
         assert isinstance(first, BarrierError) and first.completed and first.phase == "departure"
-        assert first.missing == (dead,) and f"in vain for rank {dead} to leave" in str(first)
+        missing = tuple(range(1, world_size)) if step == COUNTS else (dead,)
+        assert first.missing == missing and f"in vain for {name_ranks(missing)} to" in str(first)
         assert seconds < (3 if step in LATE else 1) * 2 * TIMEOUT + SLACK
     _check_next(results, dead)
 
@@ -354,6 +357,7 @@ def test_killed_after_it_has_arrived(without):
     cases = [(*victim, step, without) for victim in VICTIMS for step in steps]
     if without:
         cases += [(*victim, SIGNS_OFF, without) for victim in NOT_RANK_0]
+    cases += [(*victim, COUNTS, without) for victim in NOT_RANK_0]
     _check_cases(_dies_in_a_barrier, _check_completed, cases, _the_victim)
 
 
@@ -368,7 +372,8 @@ def test_killed_after_it_has_arrived_as_the_last(without):
     _check_cases(_dies_in_a_barrier, _check_completed, cases, _the_victim)
 
 
-# It dies when it has signed off: everyone else returns in time.
+# It dies when it is counted among those that have left: everyone else returns in time. So they do
+# when it is rank 0 that dies before.
 
 
 def _check_returned(world_size, dead, step, without, results):
@@ -380,8 +385,9 @@ def _check_returned(world_size, dead, step, without, results):
 
 @with_and_without
 def test_killed_after_it_has_confirmed(without):
-    steps = [COUNTS, "after it has left", *([] if without else [WAKES])]
+    steps = ["after it has left", *([] if without else [WAKES])]
     cases = [(*victim, step, without) for victim in VICTIMS for step in steps]
+    cases += [(world_size, 0, COUNTS, without) for world_size in (2, 3, 4)]
     cases += [(*victim, LETS_GO, without) for victim in NOT_RANK_0]
     if not without:
         # rank 0 alone resets keys

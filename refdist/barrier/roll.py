@@ -77,7 +77,7 @@ class Roll(NamedTuple):
                 f"{self.generation} carry no right tag: forged, altered, cut off, or copied from "
                 f"another round or group; they were not looked at"
             )
-        if self.rest or max(self.values) >= world_size:
+        if self.rest or max(self.values, default=0) >= world_size:
             end = f"the roll ends in {self.rest[-40:]!r}, which no rank of refdist writes"
             raise MessageError(f"gather {self.generation}: {end}")
         if not all(map(self.values.get, range(world_size))):
