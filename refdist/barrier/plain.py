@@ -80,7 +80,7 @@ class Barrier:
         self.sign(this, ARRIVED, this.value)
         try:
             if self.store.add(this.keys.counter, 1) < self.world_size:
-                this.seen = self.store.wait_for_value(this.keys.outcome, this.deadline)
+                this.seen = self.store.wait_for_value(this.keys.outcome, this.deadline) or None
         except CancelledWaitError as error:
             this.interrupt = error
 
