@@ -6,16 +6,16 @@ and exchange objects. Read it in this order:
 
 barrier
     ``plain`` first: how ranks agree. Then ``quick``, the same in fewer requests.
-store
-    A client of the store, its keys, and the tags on its values.
+store, deadline
+    A client of the store, why its requests end in time, its keys, and the tags on its values.
+calls
+    What makes a call whole, although it may be interrupted.
 objects
     How an object is encoded, sent, received, gathered.
 joining
     How ranks find each other, come together again, and leave.
-calls, deadline
-    What makes a call whole, although it may be interrupted, and why it ends in time.
-group
-    ``StatelessProcessGroup``, which hands on to all of these.
+group, errors, phases
+    ``StatelessProcessGroup``, which hands on to all of these; what it raises, and records.
 torch_groups, pipeline
     Groups of gloo and NCCL; how layers fall on pipeline stages.
 exploration, benchmarks, lab
@@ -28,11 +28,12 @@ phase
 generation
     The number of a barrier or gather in its group, counted from 0 by every rank for itself.
 roll
-    The key of a barrier to which each rank appends an entry when it arrives.
+    The key of a barrier to which each rank appends an entry when it arrives, and when it leaves.
 outcome
-    How a barrier ended, the same for all ranks: complete, broken, or again.
+    How a barrier ended, the same for all ranks: complete, or broken and why. A barrier that broke
+    because a rank was interrupted is tried "again".
 state
-    In ``quick``, one number that holds the outcome, and which ranks know it.
+    In ``quick``, one number that holds the outcome, and how many ranks have confirmed it.
 slot
     In ``quick``, the keys of one barrier, which a later one uses again.
 epoch

@@ -79,11 +79,10 @@ def failure(
 
 
 class BarrierError(RuntimeError):
-    """A barrier did not complete on this rank.
+    """A barrier broke, or, with ``completed``, a rank did not leave it in time.
 
     Attributes:
-        phase: ``"arrival"`` or ``"departure"``, the phase that failed; ``"confirmation"`` if the
-            outcome is not one that refdist writes.
+        phase: the one that failed, ``"arrival"`` or ``"departure"``.
         missing: the ranks that were waited for in vain.
         elapsed: seconds that the rank which gave up had waited in that phase.
         allowed: seconds that it was ready to wait.

@@ -119,7 +119,7 @@ class StatelessProcessGroup(Leaving, TensorMethods):
             rank: this process, 0 to ``world_size - 1``.
             world_size: the number of processes.
             data_expiration_seconds: how long an unread object stays.
-            store_timeout: seconds until creation fails, and waits that are given no timeout.
+            store_timeout: seconds until creation fails; also for receives and gathers without any.
             listen_socket: on rank 0, a bound TCP socket to listen on; it stays the caller's.
             secret: the same on all ranks, as of ``secrets.token_hex()``; None for REFDIST_SECRET of
                 the environment. Without one, rank 0 warns (InsecureGroupWarning) unless it listens
@@ -131,7 +131,7 @@ class StatelessProcessGroup(Leaving, TensorMethods):
             OSError: the host does not resolve, or on rank 0, cannot be listened on.
             GroupCreationError: a rank did not come in time; the text says how many came. Or at
                 once: this rank has another secret than rank 0, or only one of them has one.
-            StoreConnectionError: on another rank than 0, when no store answered in time.
+            StoreConnectionError: no store answered in time.
         """
         _check_expiration(data_expiration_seconds)
         seconds = check_seconds("store_timeout", store_timeout)
@@ -173,7 +173,7 @@ class StatelessProcessGroup(Leaving, TensorMethods):
 
     @property
     def generation(self) -> int:
-        """The number of collective calls that took place, or broke; the same on ranks in step."""
+        """The number of barriers and gathers that took place or broke, that of ``create`` first."""
         return self._barrier.generation
 
     @property
@@ -238,8 +238,8 @@ class StatelessProcessGroup(Leaving, TensorMethods):
 
         Raises:
             ValueError: ``src`` is outside the group, or this rank.
-            MessageTimeoutError: nothing came; the next call waits for the same message.
-            MessageExpiredError: the message expired before this call; the next call goes on.
+            MessageTimeoutError: not all of it came; the next call waits for the same message.
+            MessageExpiredError: the message expired before it was read; the next call goes on.
             MessageError: what came is no object; the next call goes on.
             BaseException: of unpickling, if no Exception; the next call tries it again, once.
             MemoryError: there is no room for a large object; the next call tries it again.

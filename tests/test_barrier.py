@@ -1026,8 +1026,8 @@ def _waited_for(words):
 def test_the_docstring_says_how_many_requests():
     text = " ".join(plain.__doc__.split())
     pattern = (
-        r"the ranks delete the (\d+) earlier keys as they leave\. A rank waits for (\d+) requests "
-        r"of constant size, rank 0 for (\d+) unless it is the last to leave; and for one more in "
+        r"the ranks delete the (\d+) earlier keys as they leave\. Besides, a rank waits for (\d+) "
+        r"requests, rank 0 for (\d+) unless it is the last to leave; and for one more in "
         r"each further second"
     )
     said = re.search(pattern, text)

@@ -714,6 +714,7 @@ def _slow_to_leave(here, native):
 
     with features(native), here.group() as group:
         again = second_group(here, group, native, before)
+        here.meet("formed")  # which may take long where names are resolved slowly
         try:
             outcome = len(again.all_gather_obj(bytes(LARGE), timeout=1))
         except MessageTimeoutError as error:

@@ -12,8 +12,8 @@ Departure
     the last of the others writes the key for which rank 0 waits.
 
 Each try has keys of its own. A rank that arrives at one has done with those before it, so the ranks
-delete the 4 earlier keys as they leave. A rank waits for 4 requests of constant size, rank 0 for 5
-unless it is the last to leave; and for one more in each further second.
+delete the 4 earlier keys as they leave. Besides, a rank waits for 4 requests, rank 0 for 5 unless
+it is the last to leave; and for one more in each further second.
 
 A rank that is interrupted in arrival proposes "again": then no barrier is counted, and the others
 try again. If another outcome holds, the interrupt waits until the rank has left. With a secret, the
@@ -50,7 +50,7 @@ class Barrier:
         return self.wait(timeout, value) or []
 
     def wait(self, timeout: float | Deadline, value: bytes = b"") -> list[bytes] | None:
-        """Block until all ranks have come; rank 0 until all have left. Seconds for each of both.
+        """Block until all ranks have come; rank 0 until all have left. Seconds for each wait.
 
         Raises:
             BarrierError: on every rank that entered, when a rank did not arrive in time; on rank

@@ -3,15 +3,15 @@
 Times are of one barrier of 2 and of 16 ranks, beside 0.00 and 0.00 ms for plain.
 
 1. *Arriving and waiting are one request*, ``Store.barrier`` on the count: saves 0.00 and 0.00 ms.
-   It cannot be repeated, as it would count twice, so it lasts one slice. A rank that is still alone
+   It cannot be repeated, as it would count twice, so it lasts one slice. A rank that still waits
    then falls asleep at another key, ``wake``.
 2. *Confirming and leaving are one request*: saves 0.00 and 0.00 ms. The outcome and the number of
    the ranks that have left are one number, the *state*, to which each rank adds. A break replaces
    it, by ``compare_set``, only as long as nobody has added: so the first of both holds for all. A
    broken state is negative, and one of its bits says "again".
 3. *Sleepers are woken only where there are some*: saves 0.00 and 0.00 ms. They say so in the state,
-   so the first rank to confirm sees them. It wakes them, and then says in the state that it has,
-   for until then it needs the store. A store so slow that the first slice of every rank runs out
+   so the first rank to confirm sees them. It wakes them, and says so in the state; rank 0 does not
+   leave before that. A store so slow that the first slice of every rank runs out
    would leave all of them asleep; so a rank looks at the roll before it sleeps.
 4. *Keys are used again*, in three slots, and reset in one request that waits for no answer: saves
    0.00 and 0.00 ms. Rank 0 resets the slot of barrier k - 1 when it has confirmed barrier k: by
@@ -36,7 +36,7 @@ OPEN = 1 << 62
 
 COUNT, WOKEN, ASLEEP = (1 << 20) - 1, 1 << 20, 1 << 21
 """The state: 20 bits count the ranks that have left, one says that the sleepers were woken, and the
-rest counts these."""
+rest counts the sleepers."""
 
 _BROKEN, _AGAIN = -(1 << 62), 1 << 61
 SLOTS = 3
@@ -67,7 +67,7 @@ class Barrier(plain.Barrier):
     def sleep(self, this: Try) -> bytes | None:
         """Say that this rank falls asleep, and do, unless all have arrived or there is an outcome.
 
-        Returns what it has seen when it is woken: nothing if a stranger did it.
+        Returns nothing if its time is up, or if a stranger has woken it.
         """
         if is_decided(self.store.add(this.keys.state, ASLEEP)):
             this.state -= ASLEEP
@@ -129,6 +129,7 @@ class Barrier(plain.Barrier):
 
     def propose(self, this: Try, outcome: bytes) -> bytes:
         """Break the barrier, unless a rank has confirmed or broken it: then returns nothing."""
+        # unlike that of another rank, so that this one knows its own
         broken = str(_BROKEN + (self.rank << 40) + _AGAIN * (outcome == AGAIN)).encode()
         while not is_decided(state := self.store.add(this.keys.state, 0)):
             # a rank may fall asleep meanwhile, which each does once

@@ -95,10 +95,10 @@ class Try:
     """One try of a barrier, as one rank sees it.
 
     Attributes:
-        keys: of the store.
+        keys: of this try.
         value: that this rank brings to a gather; empty for a barrier.
         deadline: of the present phase.
-        seen: outcome that the rank has seen in arrival.
+        seen: outcome that the rank has seen in arrival; in ``quick``, only that it may go on.
         interrupt: what has interrupted its arrival.
         roll: as read before the rank left, for a gather.
         state: in ``quick``, the number that the rank adds to the state, and then the sum.

@@ -61,7 +61,7 @@ class Joined(NamedTuple):
     own_listener: bool
 
     def remember(self, group: Any, host: str) -> None:
-        """Note which group of this process is this rank on a host, as the user gave it, and port.
+        """Remember the group by host, as the user gave it, port and rank.
 
         The next one there ends it: with its method ``end``, if it has one.
         """
@@ -105,7 +105,7 @@ def form(
         OSError: the host does not resolve, or on rank 0, cannot be listened on.
         GroupCreationError: a rank did not come within ``timeout`` seconds; or at once, on another
             rank than 0 which has another secret.
-        StoreConnectionError: on another rank than 0, when rank 0 did not come in time.
+        StoreConnectionError: no store answered in time.
     """
     check_rank(rank, world_size)
     if timeout <= 0:

@@ -21,7 +21,7 @@ from refdist.errors import MessageError
 from refdist.objects.storages import REDUCERS
 
 CHUNK_BYTES = 256 * 2**10
-"""The most that is written under one key."""
+"""The most that is written under one key, besides a mark and a tag."""
 
 MAX_BYTES = 1 << 32
 """The largest object. More belongs on the data plane, or is not from refdist."""

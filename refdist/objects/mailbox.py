@@ -1,9 +1,10 @@
 """Messages and broadcasts of one rank: sent, received, and expired when nobody reads them.
 
-An object is one value of the store. A message is deleted by its reader. A broadcast has many, and
-the simple ways fail: a copy for each reader costs the source as many requests, and a count of the
-readers costs each of them one more. So its source deletes it in a later barrier, where each rank
-says how many broadcasts it has made and received, when all have come past this one.
+A small object is one value of the store, a large one several. Its reader deletes a message. A
+broadcast has many readers, and the simple ways fail: a copy for each costs the source as many
+requests, and a count of the readers costs each of them one more. So its source deletes it in a
+later barrier, where each rank says how many broadcasts it has made and received: when all have come
+past this one, as they do if they make the same calls in the same order.
 
 An object that is still there after a while expires: its source deletes it, and writes its number
 down, so that a rank that asks for it later learns why there is nothing, instead of waiting.
@@ -208,6 +209,8 @@ class Mailbox:
             else:
                 at_most -= 1
             key, _ = self._entries.popleft()
+            if key not in self._unread:
+                continue  # no object of this rank
             its, chunks = self._unread.pop(key)
             there = self._store.delete_key(its.own)
             for index in range(chunks):

@@ -136,7 +136,8 @@ class StoreClient:
         """The value of a key, for which no rank waits, or None where it does not exist.
 
         ``get`` would wait for the key. ``compare_set`` with an expected value that nobody writes
-        answers with the present value and changes nothing.
+        changes nothing. It answers with the present value, or with the expected one if there is
+        none.
         """
         value = self.compare_set(key, _NEVER_WRITTEN, _NEVER_WRITTEN)
         return None if value == _NEVER_WRITTEN else value
@@ -185,8 +186,8 @@ class StoreClient:
     def barrier(self, key: str, count: int, deadline: Deadline) -> bool:
         """Add one to a key and wait until it is at least ``count``, or the slice is over.
 
-        A client that makes the number so large wakes all that wait at the key, whatever number they
-        wait for; ``set`` does the same.
+        When the number reaches the count of one client, all that wait at the key go on, whatever
+        count they gave; ``set`` does the same.
         """
         try:
             self._store.barrier(key, count, deadline.slice())

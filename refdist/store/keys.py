@@ -55,13 +55,17 @@ class PlainKeys(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """The keys of a barrier that is built on ``Store.barrier``. Used again after a reset by rank 0.
+    """The keys of a barrier that is built on ``Store.barrier``.
+
+    Rank 0 resets them for a later barrier; after one that broke, it deletes them in the next that
+    completes.
 
     Attributes:
         roll: as in ``PlainKeys``.
         counter: of the ranks that have arrived.
         state: the outcome, and which ranks know it: ``refdist.barrier.quick``.
-        wake: for ranks that wait long. Written by the first rank to know the outcome.
+        wake: for ranks that wait long. Written by the first rank to know the outcome, which also
+            writes ``counter`` if it breaks the barrier.
         left: for rank 0, which waits for the others to leave. Written by the last of them.
     """
 
@@ -79,7 +83,10 @@ class Slot(NamedTuple):
 
 
 def reason(epoch: int) -> str:
-    """Why the barrier that ended an epoch broke. Written by the rank that broke it."""
+    """Why the barrier that ended an epoch broke. Written by the rank that broke it.
+
+    Deleted by rank 0 with the slots of the epoch.
+    """
     return f"barrier/{epoch}/reason"
 
 
@@ -89,7 +96,8 @@ class ObjectKeys(NamedTuple):
     Attributes:
         own: of the object itself, or, of a large one, of its lengths.
         number: of the object among those between the same ranks.
-        expired: of the highest number among these that has expired unread. Written by the source.
+        expired: of the highest number among these that has expired unread. Written by the source;
+            stays.
     """
 
     own: str
