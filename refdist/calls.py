@@ -105,7 +105,7 @@ class Calls:
                 self._refuse(call)
             if self._present.setdefault("call", call) is not call:
                 self._take_turn(call)
-            if self.client is not None and self.client.limited != deadline.allowed:
+            if self.client is not None and self.client.shared.seconds != deadline.allowed:
                 self.client.limit(deadline.allowed)
             result, error = None, None
             try:
@@ -141,8 +141,8 @@ class Calls:
         if self.closed:
             return
         present = self._present.get("call")
-        if present is not None and not present.runs():
-            self._present.pop("call", None)
+        if present is not None and not present.runs() and self._present.get("call") is present:
+            del self._present["call"]  # it is torn, so no other call takes its place
         deadline = Deadline(timeout)
         try:
             self.run(operation, deadline, leave, deadline)

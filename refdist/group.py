@@ -17,6 +17,7 @@ from refdist.checks import check_integer, check_rank, check_seconds
 from refdist.deadline import Deadline
 from refdist.errors import (
     BarrierError,
+    ConcurrentCallError,
     MessageTimeoutError,
     StoreConnectionError,
 )
@@ -305,14 +306,16 @@ class StatelessProcessGroup(Leaving, TensorMethods):
             self._advise(error)
             text = f"all_gather_obj on rank {self.rank}: {error}"
             raise MessageTimeoutError(text, error.missing) from error
-        return usable(found, encoded)
+        try:
+            return usable(found, encoded)
+        finally:
+            del found, encoded  # an error among them would keep this frame
 
     def expire_data(self) -> None:
         """Remove the objects that this rank sent over ``data_expiration_seconds`` ago, if unread.
 
-        A rank that asks for one later gets a MessageExpiredError. ``send_obj`` and
-        ``broadcast_obj`` do the same for the oldest. Time is monotonic. One request for each object
-        that is old enough, read or not, because only the store knows.
+        A rank that asks for one later gets a MessageExpiredError. Methods that send do the same for
+        the oldest. One request for each object that is old enough, read or not.
         """
         deadline = self._deadline("expire_data")
         self._calls.run("expire_data", deadline, self._mailbox.expire, deadline)
@@ -325,7 +328,6 @@ class StatelessProcessGroup(Leaving, TensorMethods):
         return rank
 
     def _deadline(self, operation: str, timeout: float | None = None) -> Deadline:
-        """A deadline; for None, that of the store."""
         if self._calls.closed:
             self._calls.check_open(operation)
         if timeout is None:
@@ -333,14 +335,13 @@ class StatelessProcessGroup(Leaving, TensorMethods):
         return Deadline(timeout)
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that also appends to ``events``, if this is a list."""
         if self.events is None:
             return function
         return partial(recorded, self._barrier, self.events.append, function)
 
     def _advise(self, error: BarrierError) -> None:
         """Tell a rank that came late which ranks have gone on without it."""
-        with suppress(BarrierError, StoreConnectionError):
+        with suppress(BarrierError, ConcurrentCallError, StoreConnectionError, ValueError):
             self._calls.run("barrier", Deadline(0), advise, self._barrier, error)
 
 

@@ -33,10 +33,7 @@ from refdist.store.seals import NO_SEALS, NoSeals
 
 
 class Barrier:
-    """The barriers of a group over a torch store, one after the other.
-
-    ``generation`` counts them. The steps are ``arrive``, ``confirm`` and ``depart``.
-    """
+    """The barriers of a group, which ``generation`` counts, over a torch store or a StoreClient."""
 
     def __init__(self, store: Any, rank: int, world_size: int, seals: NoSeals = NO_SEALS) -> None:
         self.store = store if isinstance(store, StoreClient) else StoreClient(store)
@@ -74,6 +71,7 @@ class Barrier:
             return this.roll.in_rank_order(self.world_size) if value else None
         finally:
             self.generation += outcome != AGAIN
+            this.interrupt = None  # its traceback has ``this``
 
     def arrive(self, this: Try) -> None:
         """Sign the roll, and wait for the outcome; without one, this rank has to propose it."""

@@ -69,7 +69,7 @@ def gather(
                 mailbox.read_chunks(keys.gathered(source, number), decoder, deadline)
             objects.append(decoder.decode(deadline))
         except MessageError as error:
-            objects.append(Unusable(error))
+            objects.append(Unusable(error.with_traceback(None)))
     return objects
 
 
@@ -83,9 +83,12 @@ def try_to_encode(obj: Any) -> Encoded | Exception:
 
 def usable(found: list[Any | Unusable], encoded: Encoded | Exception) -> list[Any]:
     """The objects of a gather; raises the error of one that could not be given or read."""
-    if isinstance(encoded, Exception):
-        raise encoded
-    for other in found:
-        if isinstance(other, Unusable):
-            raise other.error
-    return found
+    error = encoded if isinstance(encoded, Exception) else None
+    errors = [other.error for other in found if isinstance(other, Unusable)]
+    try:
+        if error is not None or errors:
+            raise error or errors[0]
+        return found
+    finally:
+        # an error that has a variable of its own traceback outlives its last user
+        del error, errors, encoded, found

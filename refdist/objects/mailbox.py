@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from refdist.barrier.plain import Barrier
-from refdist.deadline import CancelledWaitError, Deadline, UserCodeError
+from refdist.deadline import CancelledWaitError, Deadline, NoRoomError, UserCodeError
 from refdist.errors import (
     AuthenticationError,
     MessageError,
@@ -62,7 +62,8 @@ class Mailbox:
         self._entries = entries
         self._sent, self._received, self._broadcasts = sent, received, broadcasts
         self._kept = kept
-        self._unread: dict[str, tuple[ObjectKeys, int]] = {}  # with the number of chunks
+        # of what was sent: keys, number of chunks, and whether it is a broadcast
+        self._unread: dict[str, tuple[ObjectKeys, int, bool]] = {}
         self._ended_by_user = ""  # the key whose unpickling was ended once by no Exception
 
     def send(self, encoded: Encoded, destination: int, deadline: Deadline) -> None:
@@ -73,14 +74,14 @@ class Mailbox:
         """
         its = keys.message(self._rank, destination, self._sent[destination])
         self._sent[destination] += 1
-        self._send(its, encoded, deadline)
+        self._send(its, encoded, deadline, False)
 
     def broadcast(self, encoded: Encoded, number: int, deadline: Deadline) -> None:
         """Send the broadcast with this number of this rank's. Raises as ``send``."""
         its = keys.broadcast(self._rank, number)
         leftovers = self._barrier.leftovers
         leftovers.add_broadcast([its.own, its.readers] if encoded.count else [its.own])
-        self._send(its, encoded, deadline)
+        self._send(its, encoded, deadline, True)
 
     def receive(
         self, source: int, deadline: Deadline, convert: Convert | None, broadcast: bool = False
@@ -118,18 +119,24 @@ class Mailbox:
             if decoder.chunks:
                 self.read_chunks(its, decoder, deadline)
             self._kept[name] = decoder.decode(deadline)
-        except MessageTimeoutError as error:
-            rest = "this" if decoder is None else "the rest"
-            raise MessageTimeoutError(
-                f"{its.own}: rank {self._rank} waited in vain for {rest} from rank {source}: "
-                f"{error}",
-                [source],
-            ) from None
-        except (MessageError, UserCodeError) as error:
-            if isinstance(error, UserCodeError) and self._ended_by_user != its.own:
+        except (MessageTimeoutError, CancelledWaitError, NoRoomError, UserCodeError) as error:
+            ends = isinstance(error, UserCodeError) and self._ended_by_user == its.own
+            if ends:
+                end(its, source, 0 if decoder is None else decoder.chunks)
+            elif broadcast:
+                self._barrier.leftovers.missed(source)
+            if isinstance(error, UserCodeError) and not ends:
                 # perhaps a signal's handler has raised it, and not the object
                 self._ended_by_user = its.own
-                raise
+            if isinstance(error, MessageTimeoutError):
+                rest = "this" if decoder is None else "the rest"
+                raise MessageTimeoutError(
+                    f"{its.own}: rank {self._rank} waited in vain for {rest} from rank {source}: "
+                    f"{error}",
+                    [source],
+                ) from None
+            raise
+        except MessageError:
             end(its, source, 0 if decoder is None else decoder.chunks)
             raise
         end(its, source, decoder.chunks)
@@ -141,6 +148,9 @@ class Mailbox:
         except MessageError:
             del self._kept[name]
             raise
+        except Exception as error:
+            # the tensor cannot be written; the next call may bring another one
+            raise UserCodeError(error) from error
 
     def _end_message(self, its: ObjectKeys, source: int, chunks: int) -> None:
         """A message is of no more use in the store."""
@@ -152,16 +162,16 @@ class Mailbox:
     def _end_broadcast(self, its: ObjectKeys, source: int, chunks: int) -> None:
         """This rank needs a broadcast no more. The last reader deletes its chunks."""
         self._broadcasts[source] += 1
-        self._barrier.leftovers.broadcasts += 1
+        self._barrier.leftovers.received(source)
         if chunks and self._store.add(its.readers, 1) == self._barrier.world_size - 1:
             for index in range(chunks):
                 self._store.delete_key(its.chunk(index))
 
-    def _send(self, its: ObjectKeys, encoded: Encoded, deadline: Deadline) -> None:
+    def _send(self, its: ObjectKeys, encoded: Encoded, deadline: Deadline, broadcast: bool) -> None:
         self.expire(deadline, 1 + _EXPIRED_EACH)
         # an object whose sending is interrupted expires all the same
         self._entries.append((its.own, time.monotonic()))
-        self._unread[its.own] = its, encoded.count
+        self._unread[its.own] = its, encoded.count, broadcast
         self._write(its.own, encoded.value)
         self.write_chunks(its, encoded, deadline)
 
@@ -180,6 +190,8 @@ class Mailbox:
         """Read the chunks of a large object. Raises as ``receive``."""
         for index in range(decoder.chunks):
             key = its.chunk(index)
+            # no slice runs out while chunks come fast
+            self._store.limit(deadline.remaining())
             decoder.add(key, self._wait_for(key, its, deadline))
 
     def _wait_for(self, key: str, its: ObjectKeys, deadline: Deadline) -> bytes:
@@ -211,8 +223,12 @@ class Mailbox:
             key, _ = self._entries.popleft()
             if key not in self._unread:
                 continue  # no object of this rank
-            its, chunks = self._unread.pop(key)
+            its, chunks, broadcast = self._unread.pop(key)
             there = self._store.delete_key(its.own)
+            if broadcast:
+                self._barrier.leftovers.forget(its.own)
+                if chunks:
+                    self._store.delete_key(its.readers)
             for index in range(chunks):
                 # a broadcast may be gone, and its chunks still be read
                 there |= self._store.delete_key(its.chunk(index))

@@ -14,7 +14,7 @@ from typing import Any
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from refdist.deadline import Deadline
-from refdist.store.sockets import connection_of, limit_socket
+from refdist.store.sockets import connection_of, limit_of, limit_socket
 from refdist.torch_versions import ERROR, WARNING, has_store_barrier, log_level
 
 ANSWER_SECONDS = 1.0
@@ -34,7 +34,7 @@ class StoreClient:
     Attributes:
         lost: why the store cannot be asked any more; empty as long as it can.
         timed_out: whether that is because it did not answer.
-        limited: seconds that requests have, besides ``ANSWER_SECONDS``.
+        shared: the limit of its socket, which other clients may have too.
     """
 
     def __init__(self, store: Store) -> None:
@@ -42,7 +42,7 @@ class StoreClient:
         self.timed_out = False
         self._store: Any = store
         self._connection = connection_of(store)
-        self.limited = -1.0
+        self.shared = limit_of(self._connection)
         self.limit(0.0)
 
     @property
@@ -68,9 +68,9 @@ class StoreClient:
 
     def limit(self, seconds: float) -> None:
         """Let the kernel end each request ``ANSWER_SECONDS`` after so many seconds."""
-        if self._connection is not None and abs(seconds - self.limited) > _ROUGHLY:
+        if self._connection is not None and abs(seconds - self.shared.seconds) > _ROUGHLY:
             limit_socket(self._connection, seconds + ANSWER_SECONDS)
-            self.limited = seconds
+            self.shared.seconds = seconds
 
     # Requests. No variable holds the store, or an error would keep it. The first three wait for no
     # answer; the others take one round trip.

@@ -8,15 +8,33 @@ and torch raises DistNetworkError. A later answer would be taken for that of the
 request follows: the store is lost.
 """
 
+import os
 import re
 import socket
 import struct
 import warnings
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 from torch.distributed import Store, TCPStore
 
 from refdist.torch_versions import tcp_store_of
+
+
+class Limit:
+    """The limit of one socket, which all clients of groups on prefixes of one store share."""
+
+    seconds = -1.0  # besides the time for an answer
+
+
+_limits: WeakValueDictionary[int, Limit] = WeakValueDictionary()  # by inode
+
+
+def limit_of(connection: socket.socket | None) -> Limit:
+    """The limit of a socket; one of its own for none."""
+    if connection is None:
+        return Limit()
+    return _limits.setdefault(os.fstat(connection.fileno()).st_ino, Limit())
 
 
 def limit_socket(connection: socket.socket, seconds: float) -> None:
