@@ -46,8 +46,9 @@ class RefdistWords(Words):
             roll = Roll.parse(value, int.from_bytes(value[:8], "little"), NO_SEALS, key)
             if not roll.values and not roll.left:
                 return super().value(key, value)
-            arrived = f"signed by {name_ranks(sorted(roll.values))}"
-            return arrived + (f", left by {name_ranks(sorted(roll.left))}" if roll.left else "")
+            parts = [f"signed by {name_ranks(sorted(roll.values))}"] if roll.values else []
+            parts += [f"left by {name_ranks(sorted(roll.left))}"] if roll.left else []
+            return ", ".join(parts)
         if key.endswith("/state") and re.fullmatch(rb"-?\d+", value):
             return self.amount(key, int(value))
         if value == str(OPEN).encode():
