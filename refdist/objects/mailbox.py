@@ -62,8 +62,9 @@ class Mailbox:
         self._entries = entries
         self._sent, self._received, self._broadcasts = sent, received, broadcasts
         self._kept = kept
-        # of what was sent: keys, number of chunks, and whether it is a broadcast
-        self._unread: dict[str, tuple[ObjectKeys, int, bool]] = {}
+        # of what was sent: keys, number of chunks, and whether it is a broadcast. Plain tuples of
+        # plain values cost the garbage collector nothing, and there may be many.
+        self._unread: dict[str, tuple[tuple[str, int, str], int, bool]] = {}
         self._ended_by_user = ""  # the key whose unpickling was ended once by no Exception
 
     def send(self, encoded: Encoded, destination: int, deadline: Deadline) -> None:
@@ -171,7 +172,7 @@ class Mailbox:
         self.expire(deadline, 1 + _EXPIRED_EACH)
         # an object whose sending is interrupted expires all the same
         self._entries.append((its.own, time.monotonic()))
-        self._unread[its.own] = its, encoded.count, broadcast
+        self._unread[its.own] = (its.own, its.number, its.expired), encoded.count, broadcast
         self._write(its.own, encoded.value)
         self.write_chunks(its, encoded, deadline)
 
@@ -223,7 +224,8 @@ class Mailbox:
             key, _ = self._entries.popleft()
             if key not in self._unread:
                 continue  # no object of this rank
-            its, chunks, broadcast = self._unread.pop(key)
+            fields, chunks, broadcast = self._unread.pop(key)
+            its = ObjectKeys(*fields)
             there = self._store.delete_key(its.own)
             if broadcast:
                 self._barrier.leftovers.forget(its.own)
