@@ -137,7 +137,7 @@ def test_the_address_that_make_lab_prints_is_that_of_the_first_notebook(tmp_path
     environment = {f"JUPYTER_{name}_DIR": str(tmp_path) for name in ("CONFIG", "DATA", "RUNTIME")}
     bin_folder = f"BIN={Path(sys.executable).parent}"
     recipe = subprocess.run(
-        ["make", "-n", "--old-file=.venv/.ready", "lab", bin_folder],
+        ["make", "-n", "--no-print-directory", "--old-file=.venv/.ready", "lab", bin_folder],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -164,9 +164,16 @@ class Mailbox:
         """This rank needs a broadcast no more. The last reader deletes its chunks."""
         self._broadcasts[source] += 1
         self._barrier.leftovers.received(source)
-        if chunks and self._store.add(its.readers, 1) == self._barrier.world_size - 1:
+        count, there = self._store.add(its.readers, 1) if chunks else 0, True
+        if chunks and count == self._barrier.world_size - 1:
+            there = False
             for index in range(chunks):
-                self._store.delete_key(its.chunk(index))
+                there |= self._store.delete_key(its.chunk(index))
+        elif count == 1:
+            there = self._store.check([its.chunk(0)])
+        if not there:
+            # it expired just now, and so did the count of those that had read it
+            self._store.delete_key(its.readers)
 
     def _send(self, its: ObjectKeys, encoded: Encoded, deadline: Deadline, broadcast: bool) -> None:
         self.expire(deadline, 1 + _EXPIRED_EACH)

@@ -25,7 +25,7 @@ class Leftovers:
         self.broadcasts = 0
         self.some = False
         self._store = store
-        self._keys: deque[str] = deque()
+        self._keys: list[str] = []
         self._unread: deque[tuple[int, Sequence[str]]] = deque()
         self._position = 0  # of the next broadcast among those of all ranks
         self._missed: set[int] = set()  # the sources of those that this rank still misses
@@ -75,6 +75,6 @@ class Leftovers:
         while self._unread and self._unread[0][0] < least:
             self._keys += self._unread.popleft()[1]
         for _ in range(min(at_most, len(self._keys))):
-            self._store.delete_key(self._keys[0])
-            self._keys.popleft()
+            self._store.delete_key(self._keys[-1])
+            self._keys.pop()
         self.some = bool(self._keys or self._unread)
