@@ -755,7 +755,9 @@ def _is_stopped(here, world_size, stopped, when, stop, without):
             until(lambda: _counted(group, its))
             here.tell("process", here.ask("its process"))
         here.ask("stopped")
-    first = _outcome(lambda: group.barrier(TIMEOUT))
+    # a busy machine may take a while to stop it
+    patient = here.rank == stopped and (when, stop) == ("while it waits", "short")
+    first = _outcome(lambda: group.barrier(20 if patient else TIMEOUT))
     here.tell(f"raised/{here.rank}")
     here.ask("go on")
     second = _outcome(lambda: group.barrier(5))[0]
