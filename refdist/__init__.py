@@ -9,7 +9,7 @@ barrier
 store, deadline
     A client of the store, why its requests end in time, its keys, and the tags on its values.
 calls
-    What makes a call whole, although it may be interrupted.
+    How a call stays whole, although it may be interrupted.
 objects
     How an object is encoded, sent, received, gathered.
 joining

@@ -1,4 +1,4 @@
-"""What differs between torch 2.6 and 2.15, in one place, each with the versions it is for."""
+"""Differences between torch 2.6 and 2.15, in one place, each with the versions it is for."""
 
 import ctypes
 import time
@@ -18,7 +18,7 @@ _switched_off: set[str] = set()
 
 
 def store_features() -> dict[str, bool]:
-    """What the store of this torch can do, found by looking, with the versions seen."""
+    """The abilities of the store of this torch, found by looking, with the versions seen."""
     return {
         # 2.13 and 2.15; not 2.6, 2.11
         STORE_BARRIER: hasattr(Store, "barrier") and STORE_BARRIER not in _switched_off,

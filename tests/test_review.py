@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from ranks import run_threads
+from ranks import Watched, run_threads
 from torch.distributed import HashStore, PrefixStore
 
 from refdist import (
@@ -192,3 +192,25 @@ def test_close_leaves_a_running_call():
     go_on.set()
     thread.join(20)
     assert errors == []
+
+
+# A chunk of a gather does not come: the error names the gather and the rank.
+def test_a_gather_that_misses_a_chunk_names_the_rank():
+    store = HashStore()
+    groups = groups_on(store, 2)
+
+    def before(request, key=None, *_):
+        if request == "append":
+            store.delete_key("gather/1/0/chunk/0")
+
+    groups[1] = StatelessProcessGroup(1, 2, Watched(store, before))
+
+    def gather(rank):
+        if rank == 1:
+            return groups[1].all_gather_obj(LARGE, timeout=1)
+        with pytest.raises(MessageTimeoutError) as caught:
+            groups[0].all_gather_obj("small", timeout=1)
+        assert caught.value.missing == (1,)
+        assert "gather 0: rank 0 waited in vain for the rest from rank 1: 1." in str(caught.value)
+
+    run_threads(gather, 2)

@@ -21,7 +21,7 @@ ENTRY = struct.Struct("<QQIII")
 
 
 class Roll(NamedTuple):
-    """What can be read on a roll.
+    """The readable part of a roll.
 
     Attributes:
         values: that the ranks brought when they arrived, by rank.

@@ -159,7 +159,7 @@ def _port(launcher: str | None, set_here: Mapping[str, str]) -> tuple[int, str]:
 
 
 def _job(launcher: str | None, set_here: Mapping[str, str]) -> str:
-    """What only the ranks of this job have in common."""
+    """A text that only the ranks of this job have in common."""
     if launcher == "mpirun" and "PMIX_NAMESPACE" in set_here:
         return f"PMIX_NAMESPACE={set_here['PMIX_NAMESPACE']}"
     if launcher == "srun" and "SLURM_JOB_ID" in set_here:

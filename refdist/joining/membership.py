@@ -59,7 +59,7 @@ class Membership:
         """Take a rank that no other process has, in a group of the size that rank 0 knows.
 
         Returns:
-            What rank 0 has written about itself.
+            The text that rank 0 has written about itself.
 
         Raises:
             ValueError: the rank is taken, or rank 0 has another world size, or another torch.
@@ -86,7 +86,7 @@ class Membership:
         return rank_0
 
     def _read_rank_0(self, me: dict[str, Any], deadline: Deadline) -> bytes:
-        """What rank 0 wrote about itself, if this rank may join its group."""
+        """The text of rank 0 about itself, if this rank may join its group."""
         written = self._store.wait_for_value(keys.member(0), deadline)
         if written is None:
             raise GroupCreationError(
@@ -108,7 +108,7 @@ class Membership:
         return about_rank_0
 
     def _unseal_rank_0(self, written: bytes) -> bytes:
-        """What rank 0 wrote, if it has the same secret as this rank, or neither has one.
+        """The text of rank 0, if it has the same secret as this rank, or neither has one.
 
         Otherwise the other ranks will be told.
         """

@@ -9,7 +9,7 @@ from typing import Any
 
 from refdist.barrier.plain import Barrier
 from refdist.deadline import Deadline
-from refdist.errors import MessageError
+from refdist.errors import MessageError, MessageTimeoutError
 from refdist.objects import encoding
 from refdist.objects.encoding import Decoder, Encoded
 from refdist.objects.mailbox import Mailbox
@@ -68,6 +68,9 @@ def gather(
             if decoder.chunks:
                 mailbox.read_chunks(keys.gathered(source, number), decoder, deadline)
             objects.append(decoder.decode(deadline))
+        except MessageTimeoutError as error:
+            text = f"gather {number}: rank {rank} waited in vain for the rest from rank {source}"
+            objects.append(Unusable(MessageTimeoutError(f"{text}: {error}", [source])))
         except MessageError as error:
             objects.append(Unusable(error.with_traceback(None)))
     return objects
