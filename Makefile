@@ -1,4 +1,4 @@
-# make lab        set everything up and open the notebooks
+# make learn      set everything up, write your copies of the notebooks into learn/, and open them
 # make test       set everything up and check everything
 #                 TORCH=2.6.0: with another torch, in an environment of its own
 # make fuzz       let a stranger write 100,000 inputs into the stores of live groups: minutes
@@ -12,11 +12,12 @@ VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: lab test fuzz nemesis notebooks format clean
+.PHONY: learn test fuzz nemesis notebooks format clean
 
-lab: $(READY)
+learn: $(READY)
+	$(BIN)/python -m refdist.lab.learn notebooks learn
 	@# without a browser, it prints an address: that of the notebook
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/00_start_here.ipynb notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/learn/00_start_here.ipynb
 
 test: $(READY)
 	$(BIN)/python tests/check_all.py

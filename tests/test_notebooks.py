@@ -133,11 +133,11 @@ def status_of(address):
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is missing")
-def test_the_address_that_make_lab_prints_is_that_of_the_first_notebook(tmp_path):
+def test_the_address_that_make_learn_prints_is_that_of_the_first_notebook(tmp_path):
     environment = {f"JUPYTER_{name}_DIR": str(tmp_path) for name in ("CONFIG", "DATA", "RUNTIME")}
     bin_folder = f"BIN={Path(sys.executable).parent}"
     recipe = subprocess.run(
-        ["make", "-n", "--no-print-directory", "--old-file=.venv/.ready", "lab", bin_folder],
+        ["make", "-n", "--no-print-directory", "--old-file=.venv/.ready", "learn", bin_folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -164,8 +164,8 @@ def test_the_address_that_make_lab_prints_is_that_of_the_first_notebook(tmp_path
                 printed += line
                 found = re.search(r"(http://\S+?/)(lab\S*)\?(token=\S+)", line)
             root, page, token = found.groups()
-            assert page == "lab/tree/00_start_here.ipynb"
-            for address in (page, "api/contents/00_start_here.ipynb"):
+            assert page == "lab/tree/learn/00_start_here.ipynb"
+            for address in (page, "api/contents/notebooks/00_start_here.ipynb"):
                 assert status_of(f"{root}{address}?{token}") == 200
         finally:
             late.cancel()

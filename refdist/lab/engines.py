@@ -229,6 +229,22 @@ class LocalEngines:
             self._ids,
         )
 
+    def show(self, result: Any, groupby: str = "type") -> None:
+        """Wait for a cell that ``%%px --noblock --out name`` started, and show its output.
+
+        Raises:
+            ipyparallel.error.RemoteError: the cell raised; the error of the lowest rank.
+            ipyparallel.error.EngineError: an engine has ended.
+            KeyboardInterrupt: Stop or Ctrl-C; it is raised on the engines too.
+        """
+        targets = result._targets
+        try:
+            self._finish([result], [targets] if isinstance(targets, int) else targets)
+        finally:
+            if result.ready():
+                result.wait_for_output(1)
+                result.display_outputs(groupby)
+
     def gather(self, name: str) -> list[Any]:
         """The value of a variable on every engine, in rank order."""
         values: list[Any] = self._finish([self.view.pull(name, block=False)], self._ids)[0]
@@ -374,14 +390,9 @@ def _execute(
     """Run ``%%px``. ipyparallel's own version turns a KeyboardInterrupt into a TimeoutError."""
     result = type(magics).parallel_execute(magics, cell, block=False, save_name=save_name)
     if not (magics.view.block if block is None else block):
-        return result
-    targets = magics.view.targets
-    try:
-        engines._finish([result], [targets] if isinstance(targets, int) else targets)
-    finally:
-        if result.ready():
-            result.wait_for_output(1)
-            result.display_outputs(groupby)
+        return None if save_name else result  # the name has it
+    engines.show(result, groupby)
+    return None
 
 
 def _has_ended(launcher: Any) -> bool:

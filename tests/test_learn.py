@@ -1,0 +1,131 @@
+"""The course: its exercises, and the learner's copies of its notebooks."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from refdist.lab.learn import learners_copy, write_copies
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CELL_SECONDS = 100
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+@each_notebook
+def test_a_notebook_has_three_to_five_exercises_with_a_hint_a_stub_and_a_check(path):
+    cells = nbformat.read(path, as_version=4).cells
+    checks = [place for place, cell in enumerate(cells) if "check" in tags(cell)]
+    assert 3 <= len(checks) <= 5
+    for number, place in enumerate(checks, start=1):
+        solutions = [
+            at for at, cell in enumerate(cells[:place]) if "### BEGIN SOLUTION" in cell.source
+        ]
+        statements = [
+            cell.source
+            for cell in cells[:place]
+            if re.match(rf"## Exercise {int(path.name[:2])}\.{number} · ", cell.source)
+        ]
+        assert len(statements) == 1
+        assert "<details><summary>Hint</summary>" in statements[0]
+        assert place - solutions[-1] <= 2
+
+
+@each_notebook
+def test_every_stub_fails_its_check_with_a_message_that_helps(path):
+    copy = nbformat.from_dict(learners_copy(json.loads(path.read_text())))
+    # measurements take long, and no stub depends on them
+    copy.cells = [
+        cell
+        for cell in copy.cells
+        if "check" in tags(cell) or "nbval-ignore-output" not in tags(cell)
+    ]
+    NotebookClient(
+        copy,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        allow_errors=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
+    checks = [cell for cell in copy.cells if "check" in tags(cell)]
+    for number, cell in enumerate(checks, start=1):
+        (error,) = [output for output in cell.outputs if output.output_type == "error"]
+        assert error.ename == "UnsolvedError"
+        assert error.evalue.startswith(f"Exercise {int(path.name[:2])}.{number} ")
+        assert "not written yet" in error.evalue
+
+
+def small(source):
+    return {
+        "cells": [
+            {
+                "cell_type": "code",
+                "metadata": {},
+                "source": source.splitlines(keepends=True),
+                "outputs": ["something"],
+                "execution_count": 3,
+            }
+        ],
+        "metadata": {"widgets": {}, "kernelspec": {"name": "python3"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
+def test_a_copy_has_a_stub_for_each_solution_and_no_outputs():
+    solved = """\
+def double(x):
+    \"\"\"Twice x.\"\"\"
+    ### BEGIN SOLUTION
+    y = x + x
+    return y
+    ### END SOLUTION
+
+
+def half(x):
+    ### BEGIN SOLUTION
+    return x / 2
+    ### END SOLUTION
+print(double(2))"""
+    copy = learners_copy(small(solved))
+    (cell,) = copy["cells"]
+    assert (cell["outputs"], cell["execution_count"]) == ([], None)
+    assert "widgets" not in copy["metadata"]
+    assert (
+        "".join(cell["source"])
+        == """\
+def double(x):
+    \"\"\"Twice x.\"\"\"
+    # your code here
+    raise NotImplementedError
+
+
+def half(x):
+    # your code here
+    raise NotImplementedError
+print(double(2))"""
+    )
+
+
+def test_the_work_of_a_learner_is_never_overwritten(tmp_path, capsys):
+    solved, learn = tmp_path / "notebooks", tmp_path / "learn"
+    solved.mkdir()
+    for name in ("a", "b"):
+        text = json.dumps(small("### BEGIN SOLUTION\n1\n### END SOLUTION"))
+        (solved / f"{name}.ipynb").write_text(text)
+    write_copies(solved, learn)
+    work = (learn / "a.ipynb").read_text().replace("raise NotImplementedError", "my work")
+    (learn / "a.ipynb").write_text(work)
+    write_copies(solved, learn)
+    assert (learn / "a.ipynb").read_text() == work
+    told = capsys.readouterr().out.splitlines()
+    assert "kept as it is" in told[2]
+    assert "nothing is written" in told[3]
