@@ -1,5 +1,6 @@
 """Requests, answers and values in words, for timelines."""
 
+import json
 import pickle
 import re
 from typing import Any
@@ -53,6 +54,8 @@ class RefdistWords(Words):
             return self.amount(key, int(value))
         if value == str(OPEN).encode():
             return "open"
+        if value[:1] == b"{":  # an outcome that is neither "complete" nor "again"
+            return f"broken by rank {json.loads(value)['by']}"
         if value[:1] == b"\x01":
             return repr(pickle.loads(value[1:]))
         return super().value(key, value)

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from itertools import accumulate
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -21,6 +22,8 @@ _EVENTS = {
     "dies": ("P", "black", "dies"),
 }
 
+_LETTER = 0.056  # inches
+
 
 def schedule(timeline: Timeline, title: str = "") -> Figure:
     """A schedule from top to bottom: one column a rank, one row an event.
@@ -29,38 +32,39 @@ def schedule(timeline: Timeline, title: str = "") -> Figure:
     from the step that wakes a rank to that rank, from the left.
     """
     rows = list(enumerate(timeline.events))
-    longest = max((len(event.text) for event in timeline.events), default=0)
-    column = 0.7 + 0.062 * longest  # inches
+    ranks = range(timeline.world_size)
+    texts = [[len(event.text) for event in timeline.events if event.rank == r] for r in ranks]
+    place = [0.0, *accumulate(0.7 + _LETTER * max(lengths, default=6) for lengths in texts)]
     fig, ax = plt.subplots(
-        figsize=(2.6 + column * timeline.world_size, 1.3 + 0.24 * len(rows)),
+        figsize=(max(7, 1 + place[-1]), 1.8 + 0.24 * len(rows)),
         layout="constrained", dpi=DPI,
     )  # fmt: skip
-    for rank in range(timeline.world_size):
+    for rank in ranks:
         own = [(row, event) for row, event in rows if event.rank == rank]
-        _draw_lifeline(ax, rank * column, own, len(rows))
-        ax.text(rank * column, -1.2, f"rank {rank}", ha="center", weight="bold")
+        _draw_lifeline(ax, place[rank], own, len(rows))
+        ax.text(place[rank], -1.2, f"rank {rank}", ha="center", weight="bold")
     for row, event in rows:
         marker, colour, _ = _EVENTS[event.kind]
-        x = event.rank * column
+        x = place[event.rank]
         ax.plot(
             x, row, marker=marker, markersize=10 if marker == "*" else 7, color=colour,
             markeredgecolor="black", markeredgewidth=0.8, zorder=3,
         )  # fmt: skip
         ax.text(x + 0.16, row, event.text, va="center", fontsize=8, bbox=LABEL, zorder=4)
         if event.kind == "is woken":
-            cause = next(at for at, other in rows if other.step == event.step)
-            _draw_arrow(ax, (timeline.events[cause].rank * column, cause), (x, row))
-    ax.set_xlim(-0.3, column * timeline.world_size)
+            cause, text = next((at, e.text) for at, e in rows if e.step == event.step)
+            begin = place[timeline.events[cause].rank]
+            if begin < x:
+                begin += 0.16 + _LETTER * len(text)
+            _draw_arrow(ax, (begin, cause), (x, row))
+    ax.set_xlim(-0.3, max(6.4, place[-1]))
     ax.set_ylim(len(rows) - 0.4, -1.6)
-    steps: dict[int, int] = {}
-    for row, event in rows:
-        steps.setdefault(event.step, row)
-    ax.set_yticks(list(steps.values()), [str(step) for step in steps])
+    ax.set_yticks(range(len(rows)), [str(event.step) for event in timeline.events])
     ax.set_ylabel("step")
     ax.set_xticks([])
     for side in ("top", "right", "bottom"):
         ax.spines[side].set_visible(False)
-    ax.set_title(title, loc="left")
+    fig.suptitle(title, x=0.01, ha="left")
     if timeline.conclusion:
         width = int((fig.get_figwidth() - 0.6) / 0.08)  # inches of a bold letter
         conclusion = textwrap.fill(f"Not so: {timeline.conclusion}", width)
@@ -71,7 +75,9 @@ def schedule(timeline: Timeline, title: str = "") -> Figure:
                    markersize=10 if marker == "*" else 7, label=label)
         for kind, (marker, colour, label) in _EVENTS.items() if kind in kinds
     ]  # fmt: skip
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    ax.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8
+    )
     return finished(fig)
 
 
