@@ -10,15 +10,19 @@ from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.fit import Line
 from refdist.benchmarks.ways import WAYS
 from refdist.exploration import Event, Timeline
+from refdist.lab.costs import BarrierCost
 from refdist.lab.figures import (
     all_reduce_times,
     all_reduce_ways,
     barrier_timeline,
+    buckets_over_time,
+    cost_of_barriers,
     keys_over_time,
     remainder_map,
+    ring_steps,
     schedule,
     size_name,
-    stages_of_models,
+    times_over_ranks,
 )
 from refdist.lab.figures.all_reduce import _WAYS
 from refdist.lab.observer import KeyCount
@@ -39,11 +43,44 @@ def test_timeline_has_a_bar_for_each_phase_at_its_time():
         PhaseEvent(1, 1, "arrival", 100.25, 100.5),
     ]
     (ax,) = barrier_timeline(reversed(events), "title").axes
-    assert bars(ax) == [(0, 0, 0.5), (0, 0.5, 0.25), (1, 0.25, 0.25)]
+    assert bars(ax) == [(0, 0, 500), (0, 500, 250), (1, 250, 250)]
     looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in ax.patches}
     assert len(looks) == 2  # a colour and a hatch for each phase
     assert [label.get_text() for label in ax.get_yticklabels()] == ["rank 0", "rank 1"]
-    assert "seconds" in ax.get_xlabel()
+    assert "milliseconds" in ax.get_xlabel()
+
+
+def test_timeline_shows_the_last_requests_and_when_rank_0_left():
+    events = [
+        PhaseEvent(0, 1, "arrival", 100.0, 100.5),
+        PhaseEvent(0, 1, "departure", 100.5, 100.75),
+        PhaseEvent(1, 1, "arrival", 100.25, 100.8),
+    ]
+    (ax,) = barrier_timeline(events, since=100.25, last_requests=[100.5, 100.625]).axes
+    for bar, drawn in zip(bars(ax), [(0, -250, 500), (0, 250, 250), (1, 0, 550)], strict=True):
+        assert bar == pytest.approx(drawn)
+    entered, made, left = ax.get_lines()
+    assert [tuple(point) for point in entered.get_xydata()] == [(0, 1)]
+    assert [tuple(point) for point in made.get_xydata()] == [(250, 0), (375, 1)]
+    assert left.get_xdata()[0] == 500
+    assert ax.get_xlim()[0] == 0
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert {"makes its last request", "rank 0 leaves"} <= set(legend)
+
+
+def test_costs_have_a_line_for_each_barrier_and_say_its_requests():
+    costs = [BarrierCost("a", 4, 16.4, 2.0), BarrierCost("a", 2, 8.0, 1.0)]
+    costs += [BarrierCost("b", 2, 4.0, 0.5), BarrierCost("b", 4, 17.0, 4.0)]
+    (ax,) = cost_of_barriers(costs, "title").axes
+    drawn = {line.get_label(): [tuple(p) for p in line.get_xydata()] for line in ax.get_lines()}
+    assert drawn == {
+        "a: 16 requests with 4 ranks": [(2, 1), (4, 2)],
+        "b: 17 requests with 4 ranks": [(2, 0.5), (4, 4)],
+    }
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("ranks", "milliseconds a barrier")
+    with pytest.raises(ValueError, match="costs: is empty"):
+        cost_of_barriers([])
 
 
 def test_keys_over_time_shows_counts_and_marks():
@@ -61,18 +98,6 @@ def test_keys_over_time_shows_counts_and_marks():
 def test_timeline_of_nothing_is_refused():
     with pytest.raises(ValueError, match="events: is empty"):
         barrier_timeline([])
-
-
-def test_stages_have_the_width_of_their_layers():
-    (ax,) = stages_of_models({"a": {1: [5], 2: [3, 2]}}).axes
-    assert bars(ax) == [(0, 0, 5), (1, 0, 3), (1, 3, 2)]
-    assert [bool(bar.get_hatch()) for bar in ax.patches] == [False, True, False]
-
-
-def test_each_model_has_its_panel():
-    figure = stages_of_models({"a": {1: [4], 2: [2, 2]}, "b": {1: [3]}})
-    assert [ax.get_title() for ax in figure.axes] == ["a: 4 layers", "b: 3 layers"]
-    assert [len(ax.patches) for ax in figure.axes] == [3, 1]
 
 
 def test_remainder_map_marks_the_extra_layers():
@@ -123,6 +148,41 @@ def test_every_way_has_a_line_of_its_own():
         all_reduce_ways([])
 
 
+def test_a_ring_is_drawn_from_what_each_rank_has_at_first_to_whole_sums():
+    drawn = [ax for ax in ring_steps().axes if ax.axison]
+    cells = [[text.get_text() for text in ax.texts if text.get_text()] for ax in drawn]
+    assert cells[0] == [str(rank) for rank in range(4) for _ in range(4)]
+    assert [texts.count("all") for texts in cells] == [0, 0, 0, 4, 8, 12, 16]
+    assert cells[1][3] == "0+3"  # rank 0 has received chunk 3 from rank 3
+    assert drawn[1].get_title() == "after step 0: reduce-scatter"
+    assert drawn[-1].get_title() == "after step 5: all-gather"
+    # an arrow to each rank; the one from the last to the first has two parts
+    assert [len(ax.texts) - 16 for ax in drawn] == [0, 5, 5, 5, 5, 5, 5]
+
+
+def test_times_over_ranks_have_a_line_for_each_way_and_one_for_the_cores():
+    times = {"1 KiB": {"ring": {2: 1e-3, 3: 2e-3}, "gloo's own": {2: 2e-3, 3: 4e-3}}}
+    (ax,) = times_over_ranks(times, 3).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines[:2]}
+    assert lines == {"ring": pytest.approx([1, 2]), "gloo's own": pytest.approx([2, 4])}
+    assert list(ax.lines[2].get_xdata()) == [3, 3]
+    assert (ax.get_title(), ax.get_ylabel()) == ("1 KiB", "time of one all-reduce (ms)")
+    (ax,) = times_over_ranks(times, 8).axes
+    assert len(ax.lines) == 2
+
+
+def test_buckets_are_bars_at_their_times():
+    figure = buckets_over_time({"alone": [(0.0, 1e-3), (1e-3, 3e-3)], "one": [(2e-3, 4e-3)]}, 2e-3)
+    (ax,) = figure.axes
+    assert bars(ax) == [
+        (row, pytest.approx(left), pytest.approx(width))
+        for row, left, width in [(0, 0, 2), (1, 0, 1), (1, 1, 2), (2, 2, 2)]
+    ]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["gradients", "alone: 2 all-reduces", "one: 1 all-reduce"]
+    assert [text.get_text() for text in ax.texts] == ["backward pass", "3.00 ms", "4.00 ms"]
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "name"),
     [(8, "8 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (2**24, "16 MiB"), (2**32, "4 GiB")],
@@ -148,7 +208,7 @@ def test_a_schedule_has_a_row_for_each_event_and_a_column_for_each_rank():
         x, y = text.get_position()
         assert (text.get_text(), y) == (event.text, row)
         assert columns[event.rank] < x < columns[event.rank] + 0.5
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2", "3", "4"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2", "3", "4", "4", "4"]
     assert list(ax.get_yticks()) == [0, 1, 2, 3]
     (arrow,) = (text for text in ax.texts if not text.get_text())
     beside = columns[0] - 0.22

@@ -226,6 +226,8 @@ class StoreClient:
 class _Lost:
     """Stands in for a store that is lost or was let go: each request says so."""
 
+    _reason = "a store cannot be copied"  # of an object that pickle makes
+
     def __init__(self, reason: str) -> None:
         self._reason = reason
 

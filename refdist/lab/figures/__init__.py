@@ -10,37 +10,41 @@ except ModuleNotFoundError as error:
         f"refdist.lab.figures needs {error.name}: pip install 'refdist[notebooks]'", name=error.name
     ) from None
 
-from refdist.lab.figures.all_reduce import all_reduce_times, all_reduce_ways, size_name
-from refdist.lab.figures.barriers import barrier_timeline, keys_over_time
-from refdist.lab.figures.partitions import (
-    gain_against_room,
-    imbalance_maps,
-    rates,
-    remainder_map,
-    rules_side_by_side,
-    stages_of_models,
+from refdist.lab.figures.all_reduce import (
+    all_reduce_times,
+    all_reduce_ways,
+    buckets_over_time,
+    ring_steps,
+    size_name,
+    times_over_ranks,
 )
+from refdist.lab.figures.barriers import barrier_timeline, cost_of_barriers, keys_over_time
+from refdist.lab.figures.groups import memberships
+from refdist.lab.figures.hangs import call_grid
 from refdist.lab.figures.pipelines import (
     memory_of_stages,
     pipeline_timeline,
-    predicted_against_measured,
+    remainder_map,
 )
 from refdist.lab.figures.schedules import schedule
+from refdist.lab.figures.strangers import attack_times, waits_of_hosts
 
 __all__ = [
     "all_reduce_times",
     "all_reduce_ways",
+    "attack_times",
     "barrier_timeline",
-    "gain_against_room",
-    "imbalance_maps",
+    "buckets_over_time",
+    "call_grid",
+    "cost_of_barriers",
     "keys_over_time",
+    "memberships",
     "memory_of_stages",
     "pipeline_timeline",
-    "predicted_against_measured",
-    "rates",
     "remainder_map",
-    "rules_side_by_side",
+    "ring_steps",
     "schedule",
     "size_name",
-    "stages_of_models",
+    "times_over_ranks",
+    "waits_of_hosts",
 ]

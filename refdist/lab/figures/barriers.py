@@ -1,12 +1,14 @@
 """Figures of barriers, and of the keys in the store."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from refdist.lab.figures.style import BLUE, DPI, GREEN, LABEL, ORANGE, SKY, finished
+from refdist.lab.costs import BarrierCost
+from refdist.lab.figures.style import BLUE, DPI, GREEN, LABEL, ORANGE, SKY, VERMILION, finished
 from refdist.lab.observer import KeyCount
 from refdist.phases import PhaseEvent
 
@@ -17,39 +19,104 @@ _PHASES = {
 }
 
 
-def barrier_timeline(events: Iterable[PhaseEvent], title: str = "") -> Figure:
+def barrier_timeline(
+    events: Iterable[PhaseEvent],
+    title: str = "",
+    *,
+    since: float | None = None,
+    last_requests: Sequence[float] | None = None,
+) -> Figure:
     """The phases of barriers: one row a rank, one colour and hatch a phase.
 
-    The axis has seconds since the first rank arrived. A phase that is too short to be seen at this
-    scale shows as a line.
+    The axis has milliseconds since the first rank entered. A phase that is too short to be seen at
+    this scale shows as a line.
+
+    Args:
+        events: phases of barriers.
+        title: the figure's title.
+        since: the axis begins there instead; on the clock of the events.
+        last_requests: when each rank made its last request to the store, on the same clock. Then a
+            line shows when rank 0 left.
     """
     all_events = sorted(events, key=lambda event: (event.rank, event.start))
     if not all_events:
         raise ValueError("events: is empty; set group.events = [] before the barrier")
-    origin = min(event.start for event in all_events)
+    origin = min(event.start for event in all_events) if since is None else since
     ranks = sorted({event.rank for event in all_events})
-    fig, ax = plt.subplots(figsize=(9, 1.2 + 0.55 * len(ranks)), layout="constrained", dpi=DPI)
+    fig, ax = plt.subplots(figsize=(9, 1.3 + 0.55 * len(ranks)), layout="constrained", dpi=DPI)
     for event in all_events:
         colour, hatch = _PHASES[event.phase]
-        start = event.start - origin
+        start = 1e3 * (event.start - origin)
         ax.barh(
-            event.rank, event.seconds, left=start, height=0.6, color=colour, hatch=hatch,
+            event.rank, 1e3 * event.seconds, left=start, height=0.6, color=colour, hatch=hatch,
             edgecolor="black", linewidth=0.5,
         )  # fmt: skip
-        if event.phase == "arrival":
+        if event.phase == "arrival" and start >= 0:
             ax.plot(start, event.rank, marker=">", color="black", markersize=7, clip_on=False)
+    marks: list[tuple[str, dict[str, Any]]] = [
+        ("enters the barrier", {"marker": ">", "linestyle": ""})
+    ]
+    first = "the first rank entered"
+    if since is not None:
+        first = "the last rank entered"
+        ax.set_xlim(0, 1.04e3 * (max(event.end for event in all_events) - origin))
+    if last_requests is not None:
+        made = [1e3 * (at - origin) for at in last_requests]
+        look: dict[str, Any] = {
+            "marker": "D",
+            "linestyle": "",
+            "markerfacecolor": "white",
+            "zorder": 3,
+        }
+        ax.plot(made, range(len(made)), color="black", **look)
+        left = max(event.end for event in all_events if event.rank == 0)
+        ax.axvline(1e3 * (left - origin), color="black", linestyle="--")
+        marks += [("makes its last request", look), ("rank 0 leaves", {"linestyle": "--"})]
     ax.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
     ax.invert_yaxis()
-    ax.set_xlabel("seconds since the first rank arrived")
+    ax.set_xlabel(f"milliseconds since {first}")
     ax.set_title(title)
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
-    handles = [
+    handles: list[Any] = [
         Patch(facecolor=colour, hatch=hatch, edgecolor="black", label=phase)
         for phase, (colour, hatch) in _PHASES.items()
     ]
-    arrow = plt.Line2D([], [], marker=">", color="black", linestyle="", label="enters the barrier")
-    ax.legend(handles=[arrow, *handles], loc="center left", bbox_to_anchor=(1.01, 0.5))
+    lines = [plt.Line2D([], [], color="black", label=label, **look) for label, look in marks]
+    ax.legend(
+        handles=[lines[0], *handles, *lines[1:]], loc="center left", bbox_to_anchor=(1.01, 0.5)
+    )
+    return finished(fig)
+
+
+_LOOKS = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", ":"), (ORANGE, "D", "-."))
+
+
+def cost_of_barriers(costs: Iterable[BarrierCost], title: str = "") -> Figure:
+    """Milliseconds of a barrier against the number of ranks, on logarithmic axes.
+
+    One line a kind of barrier. The legend has the requests of all ranks, for the most ranks.
+    """
+    kinds: dict[str, list[BarrierCost]] = {}
+    for cost in sorted(costs, key=lambda cost: cost.world_size):
+        kinds.setdefault(cost.name, []).append(cost)
+    if not kinds:
+        raise ValueError("costs: is empty; measure barriers first")
+    fig, ax = plt.subplots(figsize=(9, 4.2), layout="constrained", dpi=DPI)
+    for (name, some), (colour, marker, line) in zip(kinds.items(), _LOOKS, strict=False):
+        sizes, times = [c.world_size for c in some], [c.milliseconds for c in some]
+        label = f"{name}: {some[-1].requests:.0f} requests with {sizes[-1]} ranks"
+        ax.plot(sizes, times, color=colour, marker=marker, linestyle=line, label=label)
+    sizes = sorted({cost.world_size for some in kinds.values() for cost in some})
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_xlabel("ranks")
+    ax.set_ylabel("milliseconds a barrier")
+    ax.set_title(title)
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(loc="upper left")
     return finished(fig)
 
 
