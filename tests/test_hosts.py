@@ -4,7 +4,7 @@ import time
 from datetime import timedelta
 
 import pytest
-from hosts import Hosts, NoHostsError, know_names
+from hosts import HostsUnderTest, know_names
 from ranks import Rank, Watched, run_ranks, until
 
 from refdist import (
@@ -16,6 +16,7 @@ from refdist import (
 )
 from refdist.barrier.roll import Try
 from refdist.deadline import Deadline
+from refdist.lab.hosts import NoHostsError
 
 PORT = 29600  # these hosts have nobody else
 SLACK = 8.0  # seconds that a loaded machine may take, above what a protocol allows
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("hosts")
 @pytest.fixture
 def hosts():
     try:
-        with Hosts(3) as built:
+        with HostsUnderTest(3) as built:
             yield built
     except NoHostsError as error:
         pytest.skip(str(error))
@@ -52,7 +53,7 @@ def check(group: StatelessProcessGroup) -> None:
             assert group.recv_obj(src=2, timeout=20) == large
 
 
-def form_again(here: Rank, hosts: Hosts, old: StatelessProcessGroup, cut: int) -> None:
+def form_again(here: Rank, hosts: HostsUnderTest, old: StatelessProcessGroup, cut: int) -> None:
     """The cable is back, so a new group of the same ranks works at the same place."""
     here.meet("all have seen it")
     if here.rank == 1:

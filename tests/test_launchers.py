@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hosts import Hosts, NoHostsError
 
 from refdist.lab.engines import PROFILE, LocalEngines
+from refdist.lab.hosts import Hosts, NoHostsError
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 110.0

@@ -1,7 +1,6 @@
 """A real pipeline: the parts of a cut transformer are the transformer, on real processes."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,12 +11,10 @@ from refdist.benchmarks.pipeline import (
     SMALL,
     measure_processor,
     micro_batch,
-    pipeline_seconds,
-    time_pipeline,
 )
 from refdist.benchmarks.transformer import Stage
 from refdist.pipeline import RULES, GroupedQueryAttention, Model
-from refdist.pipeline.cost import batch_seconds, weight_bytes_per_stage
+from refdist.pipeline.cost import weight_bytes_per_stage
 
 TINY = Model("tiny", 6, 32, 48, GroupedQueryAttention(4, 2, 8), 100)
 SHORT = replace(SCORING, prompt_tokens=8, chunk_tokens=24, tokens_with_logits=8)
@@ -55,11 +52,16 @@ def test_the_logits_depend_on_every_layer_and_on_earlier_tokens_only():
     assert not torch.equal(after[:, -1], whole[:, -1])
 
 
-def run_pipeline(rank, stages):
-    with rank.group() as group:
-        timing, logits = time_pipeline(TINY, stages, group, SHORT, runs=2, micro_batches=3)
-    assert torch.get_num_threads() == 1
-    return timing, None if logits is None else logits.tolist()
+def run_stage(rank, stages):
+    first, last = rank.rank == 0, rank.rank == rank.world_size - 1
+    stage = Stage(TINY, stages[rank.rank], first, last)
+    with rank.group() as group, torch.inference_mode():
+        given = micro_batch(TINY, SHORT, 0) if first else group.recv_obj(rank.rank - 1)
+        result = stage(given)
+        if not last:
+            group.send_obj(result, rank.rank + 1)
+        group.barrier()
+    return result.tolist() if last else None
 
 
 @pytest.mark.parametrize(
@@ -73,29 +75,9 @@ def run_pipeline(rank, stages):
     ids=str,
 )
 def test_however_it_is_cut_the_pipeline_computes_the_same(stages):
-    results = run_ranks(run_pipeline, len(stages), stages)
-    assert [logits is None for _, logits in results] == [True] * (len(stages) - 1) + [False]
-    torch.testing.assert_close(torch.tensor(results[-1][1]), logits_of_the_whole(0))
-    for rank, (timing, _) in enumerate(results):
-        assert (timing.rank, timing.layers) == (rank, stages[rank])
-        assert 0 < timing.fastest <= timing.seconds <= timing.slowest
-        assert (timing.transfer_seconds > 0) == (rank > 0)
-        assert len(timing.busy) == 3
-    for (before, _), (after, _) in pairwise(results):
-        for (_, sent), (received, _) in zip(before.busy, after.busy, strict=True):
-            assert sent <= received  # no stage begins what the one before has not ended
-
-
-def refuse(rank):
-    with rank.group() as group:
-        with pytest.raises(ValueError, match="stages: 2 of them for 1 ranks"):
-            time_pipeline(TINY, [range(3), range(3, 6)], group, SHORT)
-        with pytest.raises(ValueError, match="runs=0, micro_batches=1: must be at least 1"):
-            time_pipeline(TINY, [range(6)], group, SHORT, runs=0, micro_batches=1)
-
-
-def test_bad_arguments_are_refused():
-    run_ranks(refuse, 1)
+    *others, logits = run_ranks(run_stage, len(stages), stages)
+    assert others == [None] * (len(stages) - 1)
+    torch.testing.assert_close(torch.tensor(logits), logits_of_the_whole(0))
 
 
 def test_a_processor_is_measured():
@@ -103,11 +85,3 @@ def test_a_processor_is_measured():
     device = measure_processor(TINY, SHORT)
     assert min(device.flops_per_second, device.bytes_per_second, device.memory_bytes) > 0
     assert torch.get_num_threads() == threads
-
-
-def test_stages_that_share_cores_take_as_long_as_the_cores_need():
-    seconds = [1.0, 3.0, 2.0, 2.0]
-    assert pipeline_seconds(seconds, 10, 4) == batch_seconds(seconds, 10) == 35
-    assert pipeline_seconds(seconds, 10, 64) == 35
-    assert pipeline_seconds(seconds, 10, 2) == 40
-    assert pipeline_seconds(seconds, 10, 1) == 80

@@ -1,16 +1,14 @@
-"""Figures of pipelines: the memory and the times of their stages."""
+"""Figures of pipelines: the layers, the memory and the times of their stages."""
 
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from refdist.benchmarks.pipeline import StageTiming
-from refdist.lab.figures.style import DPI, GREEN, LABEL, ORANGE, SKY, finished
-from refdist.pipeline import Device, Model, Serving
-from refdist.pipeline.cost import room_bytes, weight_bytes_per_stage
+from refdist.lab.figures.style import DPI, GREEN, GREY, LABEL, ORANGE, SKY, finished
+from refdist.pipeline import Model, Serving
+from refdist.pipeline.cost import weight_bytes_per_stage
 
 _GIB = 2**30
 _PARTS = (
@@ -20,10 +18,44 @@ _PARTS = (
 )
 
 
+def remainder_map(extra: Sequence[Sequence[int]], title: str = "") -> Figure:
+    """The stages that get one layer more: a row for each remainder, a column for each stage.
+
+    Args:
+        extra: for each remainder 0, 1, ..., the extra layers of each stage (0 or 1).
+        title: the figure's title.
+    """
+    rows, columns = len(extra), len(extra[0])
+    fig, ax = plt.subplots(
+        figsize=(1.8 + 0.5 * columns, 1.6 + 0.34 * rows), layout="constrained", dpi=DPI
+    )
+    for row, counts in enumerate(extra):
+        for column, count in enumerate(counts):
+            ax.barh(
+                row, 0.92, left=column - 0.46, height=0.86, color=ORANGE if count else GREY,
+                hatch="///" if count else "", edgecolor="black" if count else "white",
+                linewidth=0.5,
+            )  # fmt: skip
+            if count:
+                ax.text(
+                    column, row, f"+{count}", ha="center", va="center", fontsize=8,
+                    bbox=LABEL,
+                )  # fmt: skip
+    ax.set_xticks(range(columns))
+    ax.set_yticks(range(rows))
+    ax.invert_yaxis()
+    ax.set_xlabel("stage")
+    ax.set_ylabel("layers that remain")
+    ax.set_title(title)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    return finished(fig)
+
+
 def memory_of_stages(
     model: Model,
-    device: Device,
     serving: Serving,
+    room: float,
     partitions: Mapping[str, tuple[Sequence[range], int]],
     title: str = "",
 ) -> Figure:
@@ -31,8 +63,8 @@ def memory_of_stages(
 
     Args:
         model: the model that is served.
-        device: device of each stage.
         serving: serving settings.
+        room: bytes of a stage for weights and cache.
         partitions: by name, the layers of each stage, and the blocks of the pipeline.
         title: the figure's title.
     """
@@ -40,7 +72,6 @@ def memory_of_stages(
         1, len(partitions), figsize=(11, 3.8), layout="constrained", dpi=DPI, sharey=True,
         squeeze=False,
     )  # fmt: skip
-    room = room_bytes(device, serving) / _GIB
     for ax, (name, (stages, blocks)) in zip(axes.flat, partitions.items(), strict=True):
         in_all = weight_bytes_per_stage(model, stages, serving)
         for number, (layers, total) in enumerate(zip(stages, in_all, strict=True)):
@@ -56,7 +87,7 @@ def memory_of_stages(
                 )  # fmt: skip
                 bottom += height
             ax.text(number, own / 2, str(len(layers)), ha="center", fontsize=8, bbox=LABEL)
-        ax.axhline(room, color="black", linestyle="--", linewidth=1)
+        ax.axhline(room / _GIB, color="black", linestyle="--", linewidth=1)
         ax.set_title(f"{name}: {blocks:,} blocks", fontsize=10)
         ax.set_xlabel("stage")
         ax.set_xticks(range(len(stages)))
@@ -68,78 +99,40 @@ def memory_of_stages(
     return finished(fig)
 
 
-def predicted_against_measured(
-    timings: Mapping[str, Sequence[StageTiming]],
-    predicted: Mapping[str, Sequence[float]],
-    title: str = "",
+def pipeline_timeline(
+    busy: Mapping[str, Sequence[Sequence[Sequence[float]]]], title: str = ""
 ) -> Figure:
-    """The time of each stage of a real pipeline, beside the roofline's; a panel for each rule.
+    """The times at which each stage works on each micro-batch; a panel for each partition.
 
     Args:
-        timings: for each rule, the measurements of each stage.
-        predicted: for each rule, the seconds of each stage.
+        busy: for each partition and stage, start and end of each micro-batch in seconds; what
+            follows them is not drawn.
         title: the figure's title.
     """
+    stages = len(next(iter(busy.values())))
+    height = 0.9 + len(busy) * (0.6 + 0.35 * stages)
     fig, axes = plt.subplots(
-        1, len(timings), figsize=(11, 3.8), layout="constrained", dpi=DPI, sharey=True,
+        len(busy), 1, figsize=(9, height), layout="constrained", dpi=DPI, sharex=True,
         squeeze=False,
     )  # fmt: skip
-    for ax, (name, stages) in zip(axes.flat, timings.items(), strict=True):
-        for timing in stages:
-            _draw_stage_time(ax, timing, predicted[name][timing.rank])
-        counts = [len(timing.layers) for timing in stages]
-        ax.set_xticks(range(len(counts)), [f"{i}\n({n} layers)" for i, n in enumerate(counts)])
-        ax.set_title(name, fontsize=10)
-        ax.set_xlabel("stage")
-        ax.grid(axis="y", alpha=0.3)
-        ax.set_axisbelow(True)
-    axes[0, 0].set_ylabel("processor time of a micro-batch (ms)")
-    fig.suptitle(title)
-    handles = [
-        Patch(facecolor=SKY, edgecolor="black", label="predicted by roofline"),
-        Patch(facecolor=ORANGE, hatch="////", edgecolor="black", label="measured, median"),
-        plt.Line2D([], [], color="black", linewidth=1.5, label="fastest to slowest run"),
-    ]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    return finished(fig)
-
-
-def _draw_stage_time(ax: Axes, timing: StageTiming, predicted: float) -> None:
-    ax.bar(
-        timing.rank - 0.2, predicted * 1e3, width=0.38, color=SKY, edgecolor="black", linewidth=0.5
-    )
-    ax.bar(
-        timing.rank + 0.2, timing.seconds * 1e3, width=0.38, color=ORANGE, hatch="////",
-        edgecolor="black", linewidth=0.5,
-    )  # fmt: skip
-    ax.plot(
-        [timing.rank + 0.2] * 2, [timing.fastest * 1e3, timing.slowest * 1e3],
-        color="black", linewidth=1.5,
-    )  # fmt: skip
-
-
-def pipeline_timeline(timings: Mapping[str, Sequence[StageTiming]], title: str = "") -> Figure:
-    """The measured times of each stage on each micro-batch; a panel for each rule."""
-    fig, axes = plt.subplots(
-        len(timings), 1, figsize=(10, 0.7 + 1.5 * len(timings)), layout="constrained", dpi=DPI,
-        sharex=True, squeeze=False,
-    )  # fmt: skip
-    for ax, (name, stages) in zip(axes.flat, timings.items(), strict=True):
-        origin = min(timing.busy[0][0] for timing in stages)
-        for timing in stages:
-            for number, (start, end) in enumerate(timing.busy):
+    for ax, (name, batches) in zip(axes.flat, busy.items(), strict=True):
+        origin = min(start for stage in batches for start, *_ in stage)
+        for row, stage in enumerate(batches):
+            for number, (start, end, *_) in enumerate(stage):
+                start, end = (start - origin) * 1e3, (end - origin) * 1e3
+                odd = number % 2
                 ax.barh(
-                    timing.rank, end - start, left=start - origin, height=0.8, edgecolor="black",
-                    linewidth=0.5, color=(SKY, ORANGE)[number % 2],
+                    row, end - start, left=start, height=0.8, edgecolor="black", linewidth=0.5,
+                    color=(SKY, ORANGE)[odd], hatch=("", "////")[odd],
                 )  # fmt: skip
                 ax.text(
-                    (start + end) / 2 - origin, timing.rank, str(number), ha="center", va="center",
-                    fontsize=7,
+                    (start + end) / 2, row, str(number), ha="center", va="center", fontsize=8,
+                    bbox=LABEL,
                 )  # fmt: skip
-        ax.set_yticks(range(len(stages)))
+        ax.set_yticks(range(len(batches)))
         ax.invert_yaxis()
         ax.set_title(name, fontsize=10)
         ax.set_ylabel("stage")
-    axes.flat[-1].set_xlabel("seconds since the first micro-batch began")
+    axes.flat[-1].set_xlabel("ms since the first micro-batch began")
     fig.suptitle(title)
     return finished(fig)
