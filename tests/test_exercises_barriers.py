@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections import namedtuple
 from contextlib import suppress
 from datetime import timedelta
@@ -102,15 +103,36 @@ def test_the_search_of_the_notebook_is_right_and_so_is_another(capsys):
     assert "64 states of 3 ranks in 192 runs" in capsys.readouterr().out
 
 
+def depth_first(protocol, world_size, holds):
+    next_request, serve, _ = tools()
+    todo, seen = [((), ((),) * world_size, "")], set()
+    while todo:
+        memory, answers, taken = todo.pop()
+        if (memory, answers) in seen:
+            continue
+        seen.add((memory, answers))
+        requests = [next_request(protocol, r, world_size, answers[r]) for r in range(world_size)]
+        if not holds(requests, answers):
+            return taken, len(seen)
+        for rank, request in enumerate(requests):
+            after = dict(memory)
+            if request is None or (answer := serve(after, *request)) == "waits":
+                continue
+            told = (*answers[:rank], (*answers[rank], answer), *answers[rank + 1 :])
+            todo.append((tuple(sorted(after.items())), told, taken + str(rank)))
+    return None, len(seen)
+
+
 @pytest.mark.parametrize(
     ("answer", "match"),
     [
+        (depth_first, "shorter schedules come first"),
         (lambda *_: (None, 0), "1 ranks with 1 requests each: returned .None, 0., wanted"),
         (searched(merge=False), "2 ranks with 1 requests each: returned"),
         (searched(ranks=1), "2 ranks with 1 requests each: returned"),
         (searched(first=False), "wanted '110'"),
     ],
-    ids=["a constant", "every schedule apart", "rank 0 alone", "a longer schedule"],
+    ids=["depth first", "a constant", "every schedule apart", "rank 0 alone", "a longer schedule"],
 )
 def test_a_wrong_search(answer, match):
     refused(barriers.search, answer, match=match)
@@ -119,42 +141,45 @@ def test_a_wrong_search(answer, match):
 # 5.2
 
 
-def doors(door, old=None, whole=lambda n, number: n * (number + 1)):
+def doors(name=lambda number: f"door {number}", before=(), after=(), whole=None):
+    """Numbered doors that delete some keys before and after the door opens."""
+    keys = {
+        "count": lambda number: "arrived",
+        "door": lambda number: name(number),
+        "door before": lambda number: name(number - 1),
+    }
+
     def barrier(store, rank, world_size, number):
-        if store.add("arrived", 1) == whole(world_size, number):
-            store.set(door(number), "")
-            if old is not None:
-                store.delete_key(door(old(number)))
-        store.wait([door(number)], SECOND)
+        if store.add("arrived", 1) == (whole or world_size):
+            for key in before:
+                store.delete_key(keys[key](number))
+            store.set(name(number), "")
+            for key in after:
+                store.delete_key(keys[key](number))
+        else:
+            store.wait([name(number)], SECOND)
 
     return barrier
 
 
-def a_count_each(store, rank, world_size, number):
-    if store.add(f"arrived {number}", 1) == world_size:
-        store.set(f"door {number}", "")
-        store.delete_key(f"door {number - 1}")
-        store.delete_key(f"arrived {number}")
-    store.wait([f"door {number}"], SECOND)
-
-
 def test_numbered_doors(capsys):
     barriers.numbered_doors(solved("numbered_doors")[0])
-    barriers.numbered_doors(a_count_each)
-    assert "none breaks it" in capsys.readouterr().out
+    barriers.numbered_doors(doors(before=["count"], after=["door before"]))
+    assert capsys.readouterr().out.count("none breaks it; at most 1 key is left") == 2
 
 
 @pytest.mark.parametrize(
     ("answer", "match"),
     [
-        (doors(lambda _: "door"), "Nobody returns from a collective call before"),
-        (doors(lambda number: f"door {number}"), "at most two keys"),
-        (doors(lambda number: f"door {number % 2}", lambda number: number - 1), "Nobody returns"),
-        (doors(lambda number: f"door {number}", lambda number: number), "timed|wait|no wait"),
-        (doors(str, lambda number: number - 1, lambda _, number: 2 * number + 2), "this schedule"),
+        (doors(lambda _: "door", before=["count"]), "Nobody returns from a collective call before"),
+        (doors(before=["count"]), "at most one key"),
+        (doors(before=["door before"]), "this breaks it"),
+        (doors(after=["count", "door before"]), "this breaks it"),
+        (doors(before=["count", "door before"], after=["door"]), "this breaks it"),
+        (doors(before=["count", "door before"], whole=2), "this breaks it"),
         (lambda *_: None, "Nobody returns"),
     ],
-    ids=["one door", "all doors stay", "two doors in turn", "its own door", "for two", "nothing"],
+    ids=["one door", "doors stay", "count stays", "too late", "its own door", "for two", "nothing"],
 )
 def test_wrong_doors(answer, match):
     refused(barriers.numbered_doors, answer, match=match)
@@ -292,16 +317,22 @@ def test_departures(capsys):
     assert capsys.readouterr().out.count("at most 2 requests a rank to depart") == 2
 
 
+def rank_0_sleeps(store, rank, world_size, number):
+    if rank == 0:
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("answer", "match"),
     [
+        (rank_0_sleeps, "does not sleep"),
         (lambda *_: None, "rank 0 returns from a collective call last"),
         (waits_for(lambda n: n - 1), "rank 0 returns"),
         (waits_for_itself, "either all complete it or none"),
-        (rank_0_alone_is_counted_out, "rank 0 returns|no wait lasts"),
+        (rank_0_alone_is_counted_out, "rank 0 returns|left asleep"),
         (all_wait, "at most 2 wanted|wait for at most a second"),
     ],
-    ids=["nothing", "one too few", "raises", "the first to leave", "all wait"],
+    ids=["a sleep", "nothing", "one too few", "raises", "the first to leave", "all wait"],
 )
 def test_wrong_departures(answer, match):
     decided, _ = solved("decided", "depart")
@@ -386,8 +417,8 @@ def test_barriers(capsys):
     [
         (nothing, "at most four keys"),
         (the_one_before, "at most four keys"),
-        (also_when_broken, "this schedule breaks it"),
-        (its_own, "this schedule breaks it"),
+        (also_when_broken, "this breaks it"),
+        (its_own, "this breaks it"),
         (every_rank, "steps, at most 45"),
     ],
     ids=["none", "one before", "when broken", "its own", "every rank"],

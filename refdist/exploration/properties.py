@@ -63,7 +63,7 @@ def next_call_works(snapshot: Snapshot) -> bool:
 
 
 def everyone_is_woken(snapshot: Snapshot) -> bool:
-    """In a collective call that all enter alive, no wait lasts until nobody can go on."""
+    """If all enter a collective call and none dies, no rank is left asleep in it."""
     return not any(call.stalled for calls in _undisturbed(snapshot) for call in calls.values())
 
 

@@ -46,10 +46,10 @@ class LoggedStore:
         if not callable(attribute):
             return attribute
 
-        def request(*arguments: Any) -> Any:
+        def request(*arguments: Any, **options: Any) -> Any:
             keys, sent = arguments[0] if arguments else "", time.monotonic()
             try:
-                return attribute(*arguments)
+                return attribute(*arguments, **options)
             finally:
                 key = keys if isinstance(keys, str) else keys[0]
                 self.log.append(Request(name, key, sent, time.monotonic()))

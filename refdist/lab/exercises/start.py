@@ -4,13 +4,9 @@ The answers are functions that the learner defined on the engines. ``_try`` call
 new group, and the checks compare what it returned and which messages it sent.
 """
 
-import os
 import random
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,6 +14,7 @@ from typing import Any
 from refdist import MessageTimeoutError, StatelessProcessGroup
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import exercise, require
+from refdist.lab.exercises.trying import TooLateError, interrupted_after
 
 SIZES = (4, 3, 2, 1)
 COLOURS = ([7, 7, 7, 2], [3, 3, 3, 3], [0, 1, 2, 3])
@@ -265,13 +262,13 @@ def _call(
     sent, received = dict(group.send_dst_counter), dict(group.recv_src_counter)
     collectives = _collectives(group)
     try:
-        with _interrupted_after(seconds):
+        with interrupted_after(seconds):
             returned = function(group, number)
             tried.collectives = _collectives(group) - collectives
             tried.sent = _more(group.send_dst_counter, sent)
             tried.received = _more(group.recv_src_counter, received)
             tried.value = use(returned, group)
-    except _TooLateError:
+    except TooLateError:
         tried.error, tried.text = _LATE, f"did not end within {seconds:g} s"
     except Exception as error:
         tried.error = type(error).__name__
@@ -286,28 +283,3 @@ def _collectives(group: StatelessProcessGroup) -> int:
 
 def _more(counts: dict[int, int], before: dict[int, int]) -> dict[int, int]:
     return {peer: count - before[peer] for peer, count in counts.items() if count > before[peer]}
-
-
-class _TooLateError(Exception):
-    """A function took too long."""
-
-
-@contextmanager
-def _interrupted_after(seconds: float) -> Iterator[None]:
-    """Interrupt this process, as Stop does, unless the block ends before."""
-    late = threading.Event()
-
-    def interrupt() -> None:
-        late.set()
-        os.kill(os.getpid(), signal.SIGINT)
-
-    timer = threading.Timer(seconds, interrupt)
-    timer.start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        if late.is_set():
-            raise _TooLateError from None
-        raise
-    finally:
-        timer.cancel()
