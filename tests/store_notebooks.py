@@ -18,7 +18,6 @@ PICTURED = "01_barrier_phases.ipynb"  # README shows its first figure
 def execute(path: Path) -> nbformat.NotebookNode:
     """The notebook with fresh outputs, and without what differs from run to run for no reason."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("widgets", None)  # those of the run before would stay
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
@@ -33,7 +32,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
         cell.metadata.pop("collapsed", None)
         if cell.cell_type == "code":
             cell.outputs = merge_streams(cell.outputs)
-    return number_widgets(notebook)
+    return notebook
 
 
 def merge_streams(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
@@ -46,15 +45,6 @@ def merge_streams(outputs: list[nbformat.NotebookNode]) -> list[nbformat.Noteboo
         else:
             merged.append(output)
     return merged
-
-
-def number_widgets(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook with widgets that have numbers, as they were made, in place of random names."""
-    text = nbformat.writes(notebook)
-    for widgets in notebook.metadata.get("widgets", {}).values():
-        for number, name in enumerate(widgets["state"]):
-            text = text.replace(name, f"{number:032x}")
-    return nbformat.reads(text, as_version=4)
 
 
 def first_picture(notebook: nbformat.NotebookNode) -> bytes:

@@ -75,7 +75,7 @@ def small(source):
                 "execution_count": 3,
             }
         ],
-        "metadata": {"widgets": {}, "kernelspec": {"name": "python3"}},
+        "metadata": {"kernelspec": {"name": "python3"}},
         "nbformat": 4,
         "nbformat_minor": 5,
     }
@@ -99,7 +99,6 @@ print(double(2))"""
     copy = learners_copy(small(solved))
     (cell,) = copy["cells"]
     assert (cell["outputs"], cell["execution_count"]) == ([], None)
-    assert "widgets" not in copy["metadata"]
     assert (
         "".join(cell["source"])
         == """\

@@ -83,28 +83,16 @@ def write(path, cells, **metadata):
 
 
 def test_storing_twice_gives_the_same_bytes(tmp_path):
-    # the text comes in two pieces, and the widget and its parts have random names
+    # the text comes in two pieces
     path = tmp_path / "some.ipynb"
-    printing = "print('a', flush=True)\nimport time\ntime.sleep(1)\nprint('b')"
-    write(path, [printing, "import ipywidgets\nipywidgets.IntSlider()"])
+    write(path, ["print('a', flush=True)\nimport time\ntime.sleep(1)\nprint('b')"])
     stored = []
     for _ in range(2):
         assert store_notebooks.main([str(path)]) == 0
         stored.append(path.read_text())
     assert stored[0] == stored[1]
-    printed, slider = code_cells(path)
+    (printed,) = code_cells(path)
     assert [output.text for output in printed.outputs] == ["a\nb\n"]
-    view = slider.outputs[0].data["application/vnd.jupyter.widget-view+json"]
-    (widgets,) = nbformat.read(path, as_version=4).metadata.widgets.values()
-    assert view["model_id"] in widgets["state"]
-    assert len(widgets["state"]) == 3  # the slider, its layout and its style
-
-
-def test_storing_forgets_the_widgets_of_the_run_before(tmp_path):
-    path = tmp_path / "some.ipynb"
-    write(path, ["1"], widgets={"application/vnd.jupyter.widget-state+json": {"state": {}}})
-    assert store_notebooks.main([str(path)]) == 0
-    assert "widgets" not in nbformat.read(path, as_version=4).metadata
 
 
 def test_xdist_keeps_the_cells_of_a_notebook_together(tmp_path):

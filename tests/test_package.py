@@ -28,7 +28,7 @@ PACKAGE = ROOT / "refdist"
 
 
 def test_import():
-    heavy = ["matplotlib", "ipyparallel", "IPython", "ipywidgets", "zmq"]
+    heavy = ["matplotlib", "ipyparallel", "IPython", "zmq"]
     code = (
         "import refdist, sys, threading, torch.distributed as dist\n"
         f"print([name for name in {heavy!r} if name in sys.modules])\n"
@@ -219,7 +219,7 @@ LAYERS = [
     {"lab"},
 ]
 CORE = set().union(*LAYERS[:10]) | {"__init__"}
-FOR_NOTEBOOKS = {"matplotlib", "mpl_toolkits", "ipyparallel", "IPython", "ipywidgets", "numpy"}
+FOR_NOTEBOOKS = {"matplotlib", "mpl_toolkits", "ipyparallel", "IPython", "numpy"}
 
 
 def name_of(path):

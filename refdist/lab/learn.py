@@ -26,8 +26,7 @@ def learners_copy(notebook: dict[str, Any]) -> dict[str, Any]:
             stub = _SOLUTION.sub(_STUB, "".join(cell["source"])).splitlines(keepends=True)
             cell = cell | {"source": stub, "outputs": [], "execution_count": None}
         cells.append(cell)
-    kept = {name: value for name, value in notebook["metadata"].items() if name != "widgets"}
-    return notebook | {"cells": cells, "metadata": kept}
+    return notebook | {"cells": cells}
 
 
 def write_copies(notebooks: Path, folder: Path) -> None:
