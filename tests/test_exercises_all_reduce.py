@@ -1,6 +1,7 @@
 """The checks of notebook 03: what is right passes, and the obvious wrong answers do not."""
 
 from collections import Counter
+from time import monotonic
 
 import pytest
 import torch
@@ -82,7 +83,17 @@ def engines():
     with LocalEngines(4) as running:
         running.view.execute(
             """
-import torch
+from datetime import timedelta
+import torch.distributed as dist
+from refdist import init_gloo_process_group, stateless_init_torch_distributed_process_group
+from refdist.lab.exercises.all_reduce import CountedGroup
+
+everyone, store = stateless_init_torch_distributed_process_group(
+    host, port, rank, world_size, "gloo", listen_socket=listen_socket, return_store=True)
+groups, counted = {world_size: everyone}, CountedGroup(everyone)
+soon_lost = init_gloo_process_group(
+    prefix_store=dist.PrefixStore("soon lost", store), group_rank=rank, group_size=world_size,
+    timeout=timedelta(seconds=5))
 
 def ring(group, tensor, first=0):
     n, rank = group.size(), group.rank()
@@ -164,8 +175,19 @@ def returns_a_new_one(group, tensor):
     return copy
 
 def cheats(group, tensor):
-    import torch.distributed as dist
     dist.all_reduce(tensor, group=group._group)
+
+def sums_in_everyone(group, tensor):
+    dist.all_reduce(tensor, group=everyone)
+
+def sums_in_groups(group, tensor):
+    groups[4].allreduce([tensor]).wait()
+
+def sends_in_counted(group, tensor):
+    ring(counted, tensor)
+
+def sums_in_one_that_is_hidden_from_checks(group, tensor, other=soon_lost):
+    dist.all_reduce(tensor, group=other)
 
 def other_collective(group, tensor):
     group.allreduce([tensor]).wait()
@@ -203,6 +225,30 @@ def test_wrong_rings(engines, name, text):
 
 
 @pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ("sums_in_everyone", "everyone"),
+        ("sums_in_groups", "groups[4]"),
+        ("sends_in_counted", "counted"),
+    ],
+)
+def test_another_group_is_neither_used_nor_lost(engines, name, used):
+    start = monotonic()
+    text = fails(checks.check_ring, engines, name)
+    assert f"on 1 rank, with a tensor of shape (120,) of int64, your code uses `{used}`" in text
+    assert monotonic() - start < 10
+    engines.view.execute("tensor = torch.ones(3)\ncheats(counted, tensor)", block=True)
+    assert [tensor.tolist() for tensor in engines.gather("tensor")] == [[4.0] * 3] * 4
+
+
+def test_a_group_that_is_lost_is_told_with_the_repair(engines, monkeypatch):
+    monkeypatch.setattr(checks, "PATIENCE_SECONDS", 1.0)
+    text = fails(checks.check_ring, engines, "sums_in_one_that_is_hidden_from_checks")
+    assert "your code took 5 s on rank 0" in text
+    assert "run engines.offer_port(), then again the cell that forms the groups" in text
+
+
+@pytest.mark.parametrize(
     ("second", "text"),
     [
         (checks._Seen(exact=True, guarded=False), "rank 1 wrote beside its tensor"),
@@ -224,26 +270,26 @@ def bandwidths(num_bytes, seconds, n):
     return num_bytes / seconds, num_bytes / seconds * 2 * (n - 1) / n
 
 
-def seconds_of(num_bytes, n, bus):
+def seconds_of_ring(num_bytes, n, bus):
     return num_bytes * 2 * (n - 1) / n / bus
 
 
 def test_the_right_bandwidths(capsys):
-    checks.check_bandwidths(bandwidths, seconds_of)
+    checks.check_bandwidths(bandwidths, seconds_of_ring)
     assert "2 GPUs in 46.5 ms, 8 GPUs in 81.4 ms, 1024 GPUs in 92.9 ms" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("one", "two", "text"),
     [
-        (lambda s, t, n: (s / t, 1.5 * s / t), seconds_of, "the bus bandwidth"),  # for 4 ranks
-        (lambda s, t, n: (s / t, 2 * s / t), seconds_of, "the bus bandwidth"),
-        (lambda s, t, n: (s / t, s / t * (n - 1) / n), seconds_of, "the bus bandwidth"),
-        (lambda s, t, n: bandwidths(s, t, n)[::-1], seconds_of, "the algorithm bandwidth"),
-        (lambda s, t, n: s / t, seconds_of, "wanted the algorithm bandwidth and"),
-        (bandwidths, lambda s, n, bus: s / bus, "and seconds_of says"),
-        (bandwidths, lambda s, n, bus: 81.4e-3, "and seconds_of says"),
-        (bandwidths, lambda s, n, bus: 2 * s / bus, "and seconds_of says"),
+        (lambda s, t, n: (s / t, 1.5 * s / t), seconds_of_ring, "the bus bandwidth"),  # for 4 ranks
+        (lambda s, t, n: (s / t, 2 * s / t), seconds_of_ring, "the bus bandwidth"),
+        (lambda s, t, n: (s / t, s / t * (n - 1) / n), seconds_of_ring, "the bus bandwidth"),
+        (lambda s, t, n: bandwidths(s, t, n)[::-1], seconds_of_ring, "the algorithm bandwidth"),
+        (lambda s, t, n: s / t, seconds_of_ring, "wanted the algorithm bandwidth and"),
+        (bandwidths, lambda s, n, bus: s / bus, "and seconds_of_ring says"),
+        (bandwidths, lambda s, n, bus: 81.4e-3, "and seconds_of_ring says"),
+        (bandwidths, lambda s, n, bus: 2 * s / bus, "and seconds_of_ring says"),
     ],
 )
 def test_wrong_bandwidths(one, two, text):

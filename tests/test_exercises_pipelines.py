@@ -92,7 +92,7 @@ def last_included(layers, stage, size):
     ("answer", "match"),
     [
         (by_counts(lambda n, p: [n // p] * (p - 1) + [n // p + n % p]), "the quotient is 0"),
-        (by_counts(lambda n, p: [n // p + (i < n % p) for i in range(p)]), "of 3 with 1 layers"),
+        (by_counts(lambda n, p: [n // p + (i < n % p) for i in range(p)]), "of 3 with 1 layer:"),
         (by_counts(lambda n, p: [n // p + (i >= p - n % p) for i in range(p)]), "of 2 with 1"),
         (by_counts(without_stage_0), "quotient is 0 and the remainder 1"),
         (lambda n, i, p: (13 * i, 13 * (i + 1)), "stage 0 of 1 with 0 layers"),
@@ -165,7 +165,7 @@ def test_seconds_are_solved(capsys):
             lambda c, m, w: (m + len(c) - 1) * max(times(c, w)),  # for equal stages only
             "batch_seconds of 1 micro",
         ),
-        (stage_seconds, lambda c, m, w: None, "batch_seconds of 1 micro-batches: None"),
+        (stage_seconds, lambda c, m, w: None, "batch_seconds of 1 micro-batch: None"),
     ],
 )
 def test_seconds_are_not_solved(one, all_of_them, match):
@@ -380,7 +380,10 @@ def test_the_numbers_are_those_of_the_model():
 
 
 def test_a_gain_in_blocks_is_told():
-    assert "0 blocks; 1,555 with 17,15,15,14" in gain_in_blocks("deepseek-v3", 4, "b200")
+    text = gain_in_blocks("deepseek-v3", 4, "b200")
+    assert "-10.3 GiB left, -1.0 layers; 0 blocks; 1,555 with 17,15,15,14" in text
+    text = gain_in_blocks("deepseek-v3", 6, "h200")
+    assert "8.5 GiB left, 0.8 layers; 44,878 blocks; 111,797 with" in text
     assert "no partition has more" in gain_in_blocks("mistral-large-2407", 6, "l4")
 
 

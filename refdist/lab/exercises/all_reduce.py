@@ -10,22 +10,32 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from math import inf, isclose, sqrt
+from time import monotonic
 from typing import Any
 from zlib import crc32
 
 import torch
+from torch.distributed import ProcessGroup
 
 from refdist import (
     stateless_destroy_torch_distributed_process_group,
     stateless_init_torch_distributed_process_group,
 )
+from refdist.benchmarks.allreduce import AllReduceTiming
+from refdist.benchmarks.ways import SMALL_BYTES
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import UnsolvedError, exercise, require
+from refdist.lab.figures import size_name
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
 
 # 3.1: which chunk a rank sends and which it receives, in each step.
 
@@ -83,7 +93,8 @@ def _require_whole(held: list[list[Counter[int]]], n: int, wanted: int, where: s
         sums = chunks[wrong[0]] if wrong else whole
         require(
             n - len(wrong) >= wanted,
-            f"{where} rank {rank} has {n - len(wrong)} whole sums, wanted {wanted}. Its chunk "
+            f"{where} rank {rank} has {_count(n - len(wrong), 'whole sum')}, wanted {wanted}. "
+            f"Its chunk "
             f"{wrong[:1]} has "
             + ", ".join(f"{count} x that of rank {other}" for other, count in sorted(sums.items())),
         )
@@ -155,6 +166,7 @@ class _Seen:
     messages: int = 0
     error: str = ""
     text: str = ""
+    seconds: float = 0.0
 
 
 @exercise("3.2 a ring all-reduce")
@@ -182,7 +194,7 @@ def _require_rings(tried: list[list[_Seen]]) -> tuple[int, int]:
     most = messages = 0
     for number, (shape, dtype) in enumerate(_CASES):
         type_name = str(dtype).removeprefix("torch.")
-        where = f"on {len(tried)} ranks, with a tensor of shape {shape} of {type_name},"
+        where = f"on {_count(len(tried), 'rank')}, with a tensor of shape {shape} of {type_name},"
         # a rank that failed before has one result less
         seen = [results[number] for results in tried if number < len(results)]
         _require_no_error(seen, where)
@@ -198,6 +210,17 @@ def _require_no_error(seen: list[_Seen], where: str) -> None:
     for rank, one in failed:
         if one.error == NotImplementedError.__name__:
             raise NotImplementedError
+        require(
+            one.error != _OtherGroupError.__name__,
+            f"{where} your code uses {one.text}. Use only the group that it is given, which may "
+            f"have fewer ranks",
+        )
+        require(
+            one.seconds < 2 * PATIENCE_SECONDS,
+            f"{where} your code took {one.seconds:.0f} s on rank {rank}, and then raised "
+            f"{one.error}: {one.text}. If it waited in a group of the notebook, that group is "
+            f"lost: run engines.offer_port(), then again the cell that forms the groups",
+        )
         require(
             "Timed out" not in one.text and "Connection closed" not in one.text,
             f"{where} rank {rank} waited {PATIENCE_SECONDS:g} s in vain. Does every rank wait for "
@@ -219,17 +242,18 @@ def _require_ring(seen: list[_Seen], shape: tuple[int, ...], item_bytes: int, wh
         for verb, num_bytes in (("sent", sent), ("received", one.received)):
             require(
                 num_bytes <= most,
-                f"{where} rank {rank} {verb} {num_bytes} bytes, wanted at most 2 (n - 1) chunks, "
-                f"{most} bytes",
+                f"{where} rank {rank} {verb} {_count(num_bytes, 'byte')}, wanted at most "
+                f"2 (n - 1) chunks, {_count(most, 'byte')}",
             )
         require(
             sent >= fewest,
-            f"{where} rank {rank} sent {sent} bytes with the group's send, and a ring needs "
+            f"{where} rank {rank} sent {_count(sent, 'byte')} with the group's send, a ring needs "
             f"{fewest}: use no other way to the other ranks",
         )
         require(
             one.messages <= 2 * (n - 1),
-            f"{where} rank {rank} sent {one.messages} messages, wanted at most {2 * (n - 1)}",
+            f"{where} rank {rank} sent {_count(one.messages, 'message')}, wanted at most "
+            f"{2 * (n - 1)}",
         )
         require(
             len(one.sent) <= 1,
@@ -283,14 +307,15 @@ def _sum_one(
     around = torch.full((count + 2 * _GUARD,), -1, dtype=dtype)
     tensor = around[_GUARD:-_GUARD].view(shape)
     tensor.copy_(given[group.rank()])
-    counted, seen = CountedGroup(group), _Seen()
+    counted, seen, start = CountedGroup(group), _Seen(), monotonic()
     try:
-        with _interrupted_after(4 * seconds):
+        with _interrupted_after(4 * seconds), _other_groups_hidden():
             ring(counted, tensor)
     except _TooLateError:
         seen.error, seen.text = _LATE, f"did not end within {4 * seconds:g} s"
     except Exception as error:
         seen.error, seen.text = type(error).__name__, str(error)
+    seen.seconds = monotonic() - start
     wanted = torch.stack(given).sum(dim=0)
     seen.exact = torch.equal(tensor, wanted) if whole else torch.allclose(tensor, wanted)
     seen.bits = crc32(tensor.numpy().tobytes())
@@ -298,6 +323,38 @@ def _sum_one(
     seen.sent, seen.messages = counted.sent, counted.messages
     seen.received = sum(counted.received.values())
     return seen
+
+
+class _OtherGroupError(Exception):
+    """An answer uses another group than its argument."""
+
+
+class _OtherGroup:
+    """In place of another group: each use raises an error."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, _: str) -> Any:
+        raise _OtherGroupError(f"`{self._name}`")
+
+
+@contextmanager
+def _other_groups_hidden() -> Iterator[None]:
+    """Hide the groups of the notebook: with fewer ranks, they would block until their timeout."""
+    names = vars(sys.modules["__main__"])
+    kinds, hidden = (ProcessGroup, CountedGroup), dict[str, Any]()
+    for name, value in names.items():
+        if isinstance(value, kinds):
+            hidden[name] = _OtherGroup(name)
+        elif isinstance(value, dict) and any(isinstance(one, kinds) for one in value.values()):
+            hidden[name] = {key: _OtherGroup(f"{name}[{key!r}]") for key in value}
+    before = {name: names[name] for name in hidden}
+    names.update(hidden)
+    try:
+        yield
+    finally:
+        names.update(before)
 
 
 class _TooLateError(Exception):
@@ -331,7 +388,7 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
 @exercise("3.3 two bandwidths")
 def check_bandwidths(
     bandwidths: Callable[[float, float, int], tuple[float, float]],
-    seconds_of: Callable[[float, int, float], float],
+    seconds_of_ring: Callable[[float, int, float], float],
 ) -> str:
     """Compare with a ring that is followed step by step, on 1 to 1024 ranks."""
     for n in (1, 2, 3, 4, 7, 8, 64, 1024):
@@ -353,13 +410,13 @@ def check_bandwidths(
                 f"{call} gave the {kind} bandwidth {found:.6g} bytes a second, wanted {wanted:.6g}",
             )
         if n > 1:
-            again = seconds_of(num_bytes, n, sent / seconds)
+            again = seconds_of_ring(num_bytes, n, sent / seconds)
             require(
                 isclose(again, seconds, rel_tol=1e-6),
                 f"a ring of {n} ranks that sends {sent / seconds:.6g} bytes a second reduces "
-                f"{num_bytes} bytes in {seconds:.6f} s, and seconds_of says {again:.6f} s",
+                f"{num_bytes} bytes in {seconds:.6f} s, and seconds_of_ring says {again:.6f} s",
             )
-    times = {n: seconds_of(16e9, n, 344e9) * 1e3 for n in (2, 8, 1024)}
+    times = {n: seconds_of_ring(16e9, n, 344e9) * 1e3 for n in (2, 8, 1024)}
     require(abs(times[8] / 81.4 - 1) < 0.01, f"8 GPUs need {times[8]:.1f} ms, wanted 81.4 ms")
     told = ", ".join(f"{n} GPUs in {ms:.1f} ms" for n, ms in times.items())
     return f"16 GB at a bus bandwidth of 344 GB/s: {told}."
@@ -414,6 +471,19 @@ def _least_misfit(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return misfit(alpha, beta, sizes, seconds)
 
 
+def time_table(columns: Mapping[str, Sequence[AllReduceTiming]]) -> str:
+    """Time of each size up to 16 MiB in microseconds, and in brackets the host's, by column."""
+    lines = ["µs (host) " + " ".join(f"{name:>14}" for name in columns)]
+    by_size = [{timing.num_bytes: timing for timing in some} for some in columns.values()]
+    for size in (size for size in by_size[0] if size <= SMALL_BYTES):
+        cells = (
+            f"{of[size].seconds * 1e6:6.1f} ({of[size].launch_seconds * 1e6:4.1f})"
+            for of in by_size
+        )
+        lines.append(f"{size_name(size):>9} " + " ".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
 # 3.5: gradients that become ready one after another, joined in buckets.
 
 
@@ -465,6 +535,9 @@ def all_reduces(
     return spans
 
 
+H200_LINE = (38.4e-6, 1 / 357e9)
+"""alpha and beta of two H200s, from the recorded times of the notebook, rounded."""
+
 Buckets = Callable[[Sequence[float], Sequence[int], float, float], list[int]]
 
 
@@ -483,7 +556,7 @@ def check_buckets(buckets: Buckets) -> str:
         ("20 gradients without latency", Gradients(gpt2.ready[:20], gpt2.sizes[:20]), 0.0, 3e-12),
         ("60 gradients of mixed sizes", some, 5e-4, 3e-12),
         ("GPT-2 with a latency of 1 ms", gpt2, 1e-3, 2.8e-12),
-        ("GPT-2", gpt2, 38.4e-6, 1 / 357e9),
+        ("GPT-2", gpt2, *H200_LINE),
     )
     for name, gradients, alpha, beta in cases:
         count = len(gradients.sizes)
@@ -493,7 +566,10 @@ def check_buckets(buckets: Buckets) -> str:
             isinstance(joined, list) and all(isinstance(k, int) and k > 0 for k in joined),
             f"{name}: buckets returned {joined!r}, wanted a list of numbers from 1 on",
         )
-        require(sum(joined) == count, f"{name}: {sum(joined)} gradients in buckets, not {count}")
+        require(
+            sum(joined) == count,
+            f"{name}: {_count(sum(joined), 'gradient')} in buckets, not {count}",
+        )
         end = all_reduces(joined, gradients, alpha, beta)[-1][1]
         least = _earliest_end(gradients, alpha, beta)
         require(
@@ -505,8 +581,8 @@ def check_buckets(buckets: Buckets) -> str:
         all_reduces(joined, gpt2, alpha, beta)[-1][1] * 1e3 for joined in ([1] * count, [count])
     )
     return (
-        f"GPT-2 in {len(joined)} buckets ends at {end * 1e3:.2f} ms; each gradient alone at "
-        f"{alone:.2f} ms, all in one bucket at {one:.2f} ms."
+        f"GPT-2 in {_count(len(joined), 'bucket')} ends at {end * 1e3:.2f} ms; each gradient "
+        f"alone at {alone:.2f} ms, all in one bucket at {one:.2f} ms."
     )
 
 

@@ -72,16 +72,22 @@ def stage_memory(model: Model, serving: Serving, room: float) -> Memory:
 
 
 def gain_in_blocks(name: str, pp_size: int, gpu: str) -> str:
-    """The KV blocks of a model in FP8 with the specification and with the best partition."""
+    """The KV blocks of a model in FP8 with the specification and with the best partition.
+
+    Before them, what the weights leave on the fullest stage, and how many layers have as many
+    bytes.
+    """
     model, device, serving = MODELS[name], DEVICES[gpu], Serving(bytes_per_weight=1)
     usual = RULES["specification"](model.num_hidden_layers, pp_size)
-    weights = sum(package.weight_bytes_per_stage(model, usual, serving)) / pp_size
+    weights = max(package.weight_bytes_per_stage(model, usual, serving))
     left = package.room_bytes(device, serving) - weights
+    layer = model.layer_parameters(range(model.num_hidden_layers - 1, model.num_hidden_layers))
     before = package.kv_blocks(model, device, usual, serving)
     best = best_partition(model, device, pp_size, "kv_blocks", serving)
     same = list(best.stages) == usual
     return (
-        f"{name} on {pp_size} x {gpu}: {left / 2**30:.1f} GiB left, {before:,} blocks"
+        f"{name} on {pp_size} x {gpu}: {left / 2**30:.1f} GiB left, {left / layer:.1f} layers; "
+        f"{before:,} blocks"
         + (", and no partition has more" if best.kv_blocks == before else "")
         + ("" if same or best.kv_blocks == before else f"; {best.kv_blocks:,} with {best.value}")
     )
@@ -182,6 +188,11 @@ def _ranges(counts: Sequence[int]) -> list[range]:
     return [range(start, start + n) for start, n in zip(starts, counts, strict=True)]
 
 
+def _count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}" + ("" if number == 1 else plural)
+
+
 _PLAIN = [model for model in MODELS.values() if not model.num_experts]
 
 
@@ -198,7 +209,7 @@ def check_layers_of_stage(answer: Callable[[int, int, int], tuple[int, int]]) ->
                 seen = _own(answer, layers, stage, pp_size)
                 require(
                     isinstance(seen, tuple) and seen == (held.start, held.stop),
-                    f"stage {stage} of {pp_size} with {layers} layers: {seen!r}, but the "
+                    f"stage {stage} of {pp_size} with {_count(layers, 'layer')}: {seen!r}, but the "
                     f"specification has {(held.start, held.stop)}; here the quotient is "
                     f"{layers // pp_size} and the remainder {layers % pp_size}",
                 )
@@ -240,7 +251,7 @@ def check_seconds(
                         _same(
                             _own(batch_seconds, counts, micro_batches, work),
                             package.batch_seconds(wanted, micro_batches),
-                            f"{where}: batch_seconds of {micro_batches} micro-batches",
+                            f"{where}: batch_seconds of {_count(micro_batches, 'micro-batch')}",
                         )
                     compared += 1
     return f"{compared} partitions take as long as in refdist's cost model."
@@ -280,7 +291,7 @@ def _check_best(
     least: float,
 ) -> int:
     """Require the least cost within the allowed calls, and return their number."""
-    case = f"{num_layers} layers on {num_stages} stages"
+    case = f"{_count(num_layers, 'layer')} on {_count(num_stages, 'stage')}"
     calls, allowed = 0, num_layers**2 * num_stages
 
     def counted(start: int, stop: int) -> float:
@@ -289,8 +300,8 @@ def _check_best(
         ways = math.comb(num_layers - 1, num_stages - 1)
         require(
             calls <= allowed,
-            f"{case}: more than {allowed:,} calls of cost. There are {ways:,} partitions; do not "
-            f"try each. See the hint.",
+            f"{case}: more than {allowed:,} calls of cost. There are "
+            f"{_count(ways, 'partition')}; do not try each. See the hint.",
         )
         require(
             0 <= start < stop <= num_layers,
@@ -304,7 +315,8 @@ def _check_best(
         and len(counts) == num_stages
         and all(isinstance(n, int) and n >= 1 for n in counts)
         and sum(counts) == num_layers,
-        f"{case}: {counts!r} is no list of {num_stages} numbers of at least 1 with that sum",
+        f"{case}: {counts!r} is no list of {_count(num_stages, 'number')} of at least 1 with "
+        f"that sum",
     )
     seen = _slowest(cost, counts)
     require(

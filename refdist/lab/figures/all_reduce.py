@@ -240,8 +240,11 @@ def all_reduce_ways(timings: Sequence[AllReduceTiming], title: str = "") -> Figu
 
 
 def _size_axis(ax: Axes, sizes: Sequence[int]) -> None:
-    """Draw a logarithmic axis of message sizes, with a mark at each or every second size."""
-    shown = sizes[:: 1 if len(sizes) < 9 else 2]
+    """Draw a logarithmic axis of message sizes, with marks that leave room for their names."""
+    shown: list[int] = []
+    for size in sizes:
+        if not shown or (size / shown[-1]) ** 7 >= sizes[-1] / sizes[0]:
+            shown.append(size)
     ax.set_xscale("log", base=2)
     ax.set_xticks(shown, [size_name(size) for size in shown])
     ax.xaxis.set_minor_locator(NullLocator())
