@@ -138,7 +138,7 @@ def error_of(outcome: bytes, generation: int, world_size: int) -> BarrierError:
             text = "by a rank that died before it said why"
         elif outcome.startswith(UNTRUSTED):
             why = outcome.removeprefix(UNTRUSTED).decode(errors="replace")
-            text = f"and why cannot be trusted: {why}"
+            text = f"for a reason that cannot be trusted: {why}"
         return BarrierError(
             f"barrier {generation} was broken {text}", phase="arrival", generation=generation
         )

@@ -288,20 +288,16 @@ def call_libc(name: str, *arguments: int) -> None:
 
 def _bind(engines: Any, host: str) -> int:
     """Let engine 0 listen on a free port there."""
-    first = engines.client[0]
-    first.execute(
+    engines.view.execute(
         "from refdist.store.listening import listen as _listen\n"
-        f"listen_socket = _listen({host!r}, 0)\n"
-        "port = listen_socket.getsockname()[1]",
+        f"listen_socket = None if rank else _listen({host!r}, 0)\n"
+        "port = None if rank else listen_socket.getsockname()[1]",
         block=True,
     )
-    return int(first.pull("port", block=True))
+    return int(engines.gather("port")[0])
 
 
 def _tell(engines: Any, routes: list[tuple[str, int]]) -> None:
     """Set ``host`` and ``port`` on each engine to the route to the store from its own host."""
     engines.view.push({"_routes": routes}, block=True)
-    engines.view.execute(
-        "host, port = _routes[hosts.here]\nlisten_socket = None if rank else listen_socket",
-        block=True,
-    )
+    engines.view.execute("host, port = _routes[hosts.here]", block=True)

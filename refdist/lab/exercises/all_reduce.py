@@ -4,11 +4,8 @@ The ring runs on the engines, where the notebook has defined it, in groups that 
 Their timeout is short, so a ring that waits for itself ends with an error on every engine.
 """
 
-import os
 import random
-import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +27,7 @@ from refdist.benchmarks.allreduce import AllReduceTiming
 from refdist.benchmarks.ways import SMALL_BYTES
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import UnsolvedError, exercise, require
+from refdist.lab.exercises.trying import TooLateError, interrupted_after
 from refdist.lab.figures import size_name
 
 
@@ -309,9 +307,9 @@ def _sum_one(
     tensor.copy_(given[group.rank()])
     counted, seen, start = CountedGroup(group), _Seen(), monotonic()
     try:
-        with _interrupted_after(4 * seconds), _other_groups_hidden():
+        with interrupted_after(4 * seconds), _other_groups_hidden():
             ring(counted, tensor)
-    except _TooLateError:
+    except TooLateError:
         seen.error, seen.text = _LATE, f"did not end within {4 * seconds:g} s"
     except Exception as error:
         seen.error, seen.text = type(error).__name__, str(error)
@@ -355,31 +353,6 @@ def _other_groups_hidden() -> Iterator[None]:
         yield
     finally:
         names.update(before)
-
-
-class _TooLateError(Exception):
-    """A function took too long."""
-
-
-@contextmanager
-def _interrupted_after(seconds: float) -> Iterator[None]:
-    """Interrupt this process, as Stop does, unless the block ends before."""
-    late = threading.Event()
-
-    def interrupt() -> None:
-        late.set()
-        os.kill(os.getpid(), signal.SIGINT)
-
-    timer = threading.Timer(seconds, interrupt)
-    timer.start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        if late.is_set():
-            raise _TooLateError from None
-        raise
-    finally:
-        timer.cancel()
 
 
 # 3.3: two bandwidths, and the time that follows from one of them.
@@ -589,9 +562,9 @@ def check_buckets(buckets: Buckets) -> str:
 @contextmanager
 def _in_time(name: str, seconds: float = 10.0) -> Iterator[None]:
     try:
-        with _interrupted_after(seconds):
+        with interrupted_after(seconds):
             yield
-    except _TooLateError:
+    except TooLateError:
         raise UnsolvedError(f"{name}: buckets did not end within {seconds:g} s") from None
 
 

@@ -1,7 +1,6 @@
 """Checks of notebook 07: a recorder, the rank at fault, an order of buckets, shapes, a watchdog."""
 
 import random
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from refdist import StatelessProcessGroup, init_gloo_process_group
 from refdist.errors import name_ranks
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import exercise, require
+from refdist.lab.exercises.trying import defined_here
 from refdist.lab.stuck import in_thread
 from refdist.torch_groups import collectives
 
@@ -38,14 +38,6 @@ def loss_of(rank: int, step: int) -> float:
     return float("nan") if (rank, step) == (1, 2) else 1.0 / (1 + step)
 
 
-def _answer(name: str) -> Any:
-    """What the reader has defined on this engine."""
-    try:
-        return vars(sys.modules["__main__"])[name]
-    except KeyError:
-        raise NameError(f"name {name!r} is not defined on the engines") from None
-
-
 class _Here:
     """On one engine: the groups of the exercise, and the calls of its job."""
 
@@ -56,8 +48,10 @@ class _Here:
 
 
 def _form(rank: int, world_size: int) -> None:
-    address = _answer("host"), _answer("port"), rank, world_size
-    _Here.group = StatelessProcessGroup.create(*address, listen_socket=_answer("listen_socket"))
+    address = defined_here("host"), defined_here("port"), rank, world_size
+    _Here.group = StatelessProcessGroup.create(
+        *address, listen_socket=defined_here("listen_socket")
+    )
 
 
 def _form_gloo(rank: int, world_size: int) -> None:
@@ -77,7 +71,7 @@ def _form_groups(engines: LocalEngines) -> None:
 
 def _try_recorder(rank: int, world_size: int) -> dict[str, Any]:
     """What the reader's Recorder has written down, while calls run and after them."""
-    kind = _answer("Recorder")
+    kind = defined_here("Recorder")
     seen: dict[str, Any] = {}
 
     recorder = kind()
@@ -408,7 +402,7 @@ def _try_reduce(rank: int, world_size: int, kinds: list[_Kind]) -> tuple[str, st
     sent += group.broadcast_send_counter
     kind, text = "", ""
     try:
-        _answer("checked_all_reduce")(tensor, group, _Here.gloo)
+        defined_here("checked_all_reduce")(tensor, group, _Here.gloo)
     except NotImplementedError:
         raise
     except Exception as error:
@@ -471,7 +465,7 @@ def _watch(rank: int, world_size: int, present: list[int]) -> tuple[Any, float]:
     if rank not in present:
         return None, 0.0
     start = time.monotonic()
-    found = _answer("who_is_missing")(_Here.group, _WATCH_SECONDS)
+    found = defined_here("who_is_missing")(_Here.group, _WATCH_SECONDS)
     return found, time.monotonic() - start
 
 

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import itertools
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -70,7 +71,11 @@ def check_attack(engines: Any, attack: Attack) -> str:
         store = _Recording(engines.gather("host")[0], engines.gather("port")[0])
         name, here = f"a stranger {os.urandom(4).hex()}", len(visitors)
         try:
-            attack(store, source, destination, number, visit, name)
+            failed = ""
+            try:
+                attack(store, source, destination, number, visit, name)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                failed = _why_no_pickle(error)
             done = list(store.requests)
             own, visitors[here:] = visitors[here:], []
             require(
@@ -78,6 +83,7 @@ def check_attack(engines: Any, attack: Attack) -> str:
                 "the function was called by your own process, while you made the value. Let the "
                 "pickle name the function, so that its reader calls it",
             )
+            require(not failed, failed)
             store.store.num_keys()  # answered, so all before it is done
         finally:
             engines.view.execute(_RECEIVE, block=True)
@@ -92,7 +98,23 @@ def check_attack(engines: Any, attack: Attack) -> str:
             len(done) == 1,
             f"{where}: took the requests {', '.join(done)}; one is enough",
         )
-    return "3 attacks, each by one request: the receiver called the function, and saw no error"
+    return (
+        "3 attacks, each by 1 request on 1 message of 6: the receiver called the function, and "
+        "saw no error"
+    )
+
+
+def _why_no_pickle(error: Exception) -> str:
+    """What an error of pickle means for this attack. Other errors are raised again."""
+    text = f"{type(error).__name__}: {error}"
+    if not isinstance(error, pickle.PicklingError) and "pickle" not in text:
+        raise error
+    return (
+        f"pickle could not write your object, so nothing was sent ({text}). __reduce__ must return "
+        f"a pair: a function, itself and not a call of it, which its reader can import by name (no "
+        f"lambda, and no function inside another one), and a tuple of its arguments; a tuple of "
+        f"one has a comma, (argument,)"
+    )
 
 
 def _require_hit(
@@ -387,16 +409,19 @@ def check_place(place: Place) -> str:
         require(
             its not in seen,
             f"a replay is accepted: {_difference(facts, seen.get(its, facts))}, and the text under "
-            f"the tag is the same, {its!r:.100}",
+            f"the tag is the same, {_cut(its, 0)}",
         )
         seen[its] = facts
     for its, facts in seen.items():
-        reads = facts._replace(me=facts.destination, clock=facts.clock + 7.5)
+        opened = place(facts._replace(me=facts.destination, clock=facts.clock + 7.5))
+        pairs = zip(its, opened, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         require(
-            place(reads) == its,
-            f"rank {facts.destination} refuses what rank {facts.source} really sent: for them the "
-            f"text under the tag is {place(reads)!r:.100} and {its!r:.100}. Use only what both "
-            f"know to be the same",
+            opened == its,
+            f"rank {facts.destination} refuses what rank {facts.source} really sent: the texts "
+            f"under the tag differ from character {same} on, where rank {facts.source} has "
+            f"{_cut(its, same)} and rank {facts.destination} has {_cut(opened, same)}. Use only "
+            f"what both know to be the same",
         )
     return f"{len(seen)} messages of 4 groups: each is accepted in its place and in no other"
 
@@ -411,6 +436,16 @@ def _sent() -> Iterator[Facts]:
                 of_group[rank] = os.urandom(TAG_BYTES)
             for number in _NUMBERS:
                 yield Facts(tuple(of_group), source, destination, number, source, 1e6, 29600)
+
+
+def _cut(text: str, place: int) -> str:
+    """A long text around one place, or at its start and its end."""
+    if len(text) <= 100:
+        return repr(text)
+    if place == 0:
+        return f"{text[:40]!r} ... {text[-40:]!r}"
+    start, end = max(0, place - 20), place + 40
+    return "... " * (start > 0) + repr(text[start:end]) + " ..." * (end < len(text))
 
 
 def _difference(one: Facts, other: Facts) -> str:

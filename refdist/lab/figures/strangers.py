@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from refdist.lab.attempts import Attempt
-from refdist.lab.figures.style import BLUE, DPI, GREY, LABEL, ORANGE, VERMILION, finished
+from refdist.lab.figures.style import BLUE, DPI, GREY, ORANGE, VERMILION, finished
 
 
 def attack_times(attempts: Mapping[str, Attempt]) -> Figure:
@@ -15,7 +15,7 @@ def attack_times(attempts: Mapping[str, Attempt]) -> Figure:
     Args:
         attempts: the attacked call by the name of the attack, in order from above.
     """
-    figure, axes = plt.subplots(figsize=(8.6, 0.8 + 0.34 * len(attempts)), dpi=DPI - 10)
+    figure, axes = plt.subplots(figsize=(8.6, 0.8 + 0.34 * len(attempts)), dpi=DPI - 20)
     for row, seen in enumerate(attempts.values()):
         colour, marker = (BLUE, "o") if seen.kind else (VERMILION, "X")
         came = seen.kind or "no error: the attack succeeded"
@@ -25,7 +25,7 @@ def attack_times(attempts: Mapping[str, Attempt]) -> Figure:
         axes.annotate(f"{text}, {came}", (seen.ms, row), **beside)
     most = max(seen.ms for seen in attempts.values())
     axes.set_xscale("log")
-    axes.set_xlim(min(seen.ms for seen in attempts.values()) / 2, most * 6000)
+    axes.set_xlim(min(seen.ms for seen in attempts.values()) / 2, most * 12000)
     axes.set_xticks([10.0**n for n in range(-1, 5) if axes.get_xlim()[0] <= 10.0**n <= 2 * most])
     axes.xaxis.set_major_formatter(lambda ms, _: f"{ms:,g}")
     axes.minorticks_off()
@@ -59,7 +59,8 @@ def waits_of_hosts(attempts: Sequence[Attempt], hosts: Sequence[int], timeout: f
         )
         missing = f", missing {', '.join(map(str, seen.missing))}" if seen.missing else ""
         text = f"{seen.ms / 1000:.2f} s: {seen.kind or 'passed'}{missing}"
-        axes.text(0.06, rank, text, va="center", bbox=LABEL)
+        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(text, (seen.ms / 1000, rank), **beside)
     axes.axvline(timeout, color="black", linewidth=1, linestyle="--")
     axes.annotate(
         f"timeout, {timeout:g} s", (timeout, -0.62), xytext=(4, 0), textcoords="offset points"
@@ -67,7 +68,7 @@ def waits_of_hosts(attempts: Sequence[Attempt], hosts: Sequence[int], timeout: f
     names = [f"rank {rank}, host {host}" for rank, host in enumerate(hosts)]
     axes.set_yticks(range(len(attempts)), names)
     axes.set_ylim(len(attempts) - 0.4, -1.0)
-    axes.set_xlim(0, 1.1 * max(timeout, *(seen.ms / 1000 for seen in attempts)))
+    axes.set_xlim(0, 1.4 * max(timeout, *(seen.ms / 1000 for seen in attempts)))
     axes.set_xlabel("from the start of the barrier until its error (s)")
     figure.tight_layout()
     return finished(figure)
