@@ -90,6 +90,12 @@ SPLIT = """
             group.host, offers[members[0]][1], members.index(r), len(members),
             store_timeout=2, listen_socket=listener)
 """
+FIXED = """
+    colours = group.all_gather_obj(number)
+    members = [other for other in range(n) if colours[other] == number]
+    return StatelessProcessGroup.create(
+        group.host, {port}, members.index(r), len(members), store_timeout=2)
+"""
 SPLIT_BY_MESSAGES = """
     colours = group.all_gather_obj(number)
     members = [other for other in range(n) if colours[other] == number]
@@ -225,6 +231,21 @@ WRONG = {
         SPLIT.replace("members.index(r)", "members.index(rank)"),
         r"on rank \d, your code raised ",
     ),
+    "a port for each colour": (
+        "split",
+        FIXED.format(port="29500 + number"),
+        r"colours \[7, 7, 7, 2\], once more: rank \d lost the group of an earlier call",
+    ),
+    "a port for each first rank, after the group's own": (
+        "split",
+        FIXED.format(port="group.port + 1 + members[0]"),
+        r"colours \[7, 7, 7, 2\], once more: rank \d lost the group of an earlier call",
+    ),
+    "a port for each colour and call": (
+        "split",
+        FIXED.format(port="29500 + 10 * group.generation + number"),
+        r"colours \[70000, 1000000000, .*\]: on rank \d, your code raised .*port",
+    ),
     "a gather for each colour": (
         "split",
         "for _ in range(3): group.barrier()\n" + textwrap.dedent(SPLIT),
@@ -244,7 +265,13 @@ WRONG = {
 }
 
 
-HANG = ("only for four ranks", "all ranks receive first", "an error on one rank", "it never ends")
+HANG = (
+    "only for four ranks",
+    "all ranks receive first",
+    "an error on one rank",
+    "it never ends",
+    "a port for each colour",
+)
 
 
 @pytest.mark.parametrize("what", WRONG)

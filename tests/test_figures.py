@@ -68,6 +68,23 @@ def test_timeline_shows_the_last_requests_and_when_rank_0_left():
     assert {"makes its last request", "rank 0 leaves"} <= set(legend)
 
 
+def test_timeline_shows_a_wait_that_a_rank_gave_up_and_names_short_phases():
+    events = [
+        PhaseEvent(0, 1, "arrival", 100.5, 100.515625),
+        PhaseEvent(1, 1, "arrival", 100.25, 100.265625),
+        PhaseEvent(1, 1, "departure", 100.265625, 100.28125),
+        PhaseEvent(2, 1, "arrival", 100.0, 102.0),
+    ]
+    (ax,) = barrier_timeline(events, gave_up=[102.5, None, None]).axes
+    assert bars(ax)[-1] == (0, 515.625, 1984.375)  # hollow, unlike a phase
+    assert ax.patches[-1].get_facecolor()[:3] == (1, 1, 1)
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == [
+        "waited 1984 ms in departure, and gave up",
+        "arrival 15.62 ms, departure 15.62 ms",
+    ]
+
+
 def test_costs_have_a_line_for_each_barrier_and_say_its_requests():
     costs = [BarrierCost("a", 4, 16.4, 2.0), BarrierCost("a", 2, 8.0, 1.0)]
     costs += [BarrierCost("b", 2, 4.0, 0.5), BarrierCost("b", 4, 17.0, 4.0)]
@@ -209,7 +226,7 @@ def test_a_schedule_has_a_row_for_each_event_and_a_column_for_each_rank():
         assert (text.get_text(), y) == (event.text, row)
         assert columns[event.rank] < x < columns[event.rank] + 0.5
     assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2", "3", "4", "4", "4"]
-    assert list(ax.get_yticks()) == [0, 1, 2, 3]
+    assert list(ax.get_yticks()) == [*range(6)]
     (arrow,) = (text for text in ax.texts if not text.get_text())
     beside = columns[0] - 0.22
     assert (arrow.xyann, arrow.xy) == ((beside, 4), (columns[0], 4))

@@ -17,7 +17,9 @@ from refdist.lab.exercises import exercise, require
 from refdist.lab.exercises.trying import TooLateError, interrupted_after
 
 SIZES = (4, 3, 2, 1)
-COLOURS = ([7, 7, 7, 2], [3, 3, 3, 3], [0, 1, 2, 3])
+COLOURS = ([7, 7, 7, 2], [7, 7, 7, 2], [3, 3, 3, 3], [0, 1, 2, 3], [70_000, 10**9, 70_000, 10**9])
+"""In the second call the ports of the first are occupied, and the last colours are no ports."""
+
 BACKWARDS = ([0, 1, 0, 1], [1, 0, 0, 1])  # where the last engine is rank 0
 PATIENCE_SECONDS = 10.0
 """How long an answer may wait for a message. Twice as long, one call of it may take in all."""
@@ -96,7 +98,11 @@ def check_maximum(engines: LocalEngines, name: str = "maximum") -> str:
 
 @exercise("0.3 one group becomes several")
 def check_split(engines: LocalEngines, name: str = "split") -> str:
-    """Several ways to split a group of four, and a group in which the engines count backwards."""
+    """Several ways to split a group of four, and a group in which the engines count backwards.
+
+    All new groups of a group stay open until its last round. An answer whose ports depend only on
+    the colours, the ranks or the old group's port takes a port again in a second equal call.
+    """
     most = 0
     for rounds, backwards in ((COLOURS, False), (BACKWARDS, True)):
         for colours, where, tried in _try(engines, name, "colours", rounds, _use, backwards):
@@ -109,16 +115,24 @@ def check_split(engines: LocalEngines, name: str = "split") -> str:
                 )
                 most = max(most, one.collectives)
     calls = f"{most} collective call{'s' if most > 1 else ''}"
-    return f"Right for {len(COLOURS + BACKWARDS)} ways to split, with {calls} in the old group."
+    return f"Right in {len(COLOURS + BACKWARDS)} calls, with {calls} in the old group."
 
 
-def _use(new: Any, old: StatelessProcessGroup) -> Any:
-    """On an engine: use the new group and the old one, and close the new one."""
+def _use(new: Any, old: StatelessProcessGroup, opened: list[StatelessProcessGroup]) -> Any:
+    """On an engine: use the new group and the old one. The new one stays open."""
     if not isinstance(new, StatelessProcessGroup):
         return repr(new)
-    with new:
-        met = new.all_gather_obj(old.rank)
-        return new.rank, new.world_size, met, old.all_gather_obj(old.rank)
+    others_are_open = all(map(_is_open, opened))
+    opened.append(new)
+    met = new.all_gather_obj(old.rank)
+    return new.rank, new.world_size, met, old.all_gather_obj(old.rank), others_are_open
+
+
+def _is_open(group: StatelessProcessGroup) -> bool:
+    try:
+        return group.port > 0
+    except ValueError:
+        return False
 
 
 def _require_place(one: Tried, rank: int, colours: Sequence[int], where: str) -> None:
@@ -127,12 +141,17 @@ def _require_place(one: Tried, rank: int, colours: Sequence[int], where: str) ->
         isinstance(one.value, tuple),
         f"{where} rank {rank} returned {one.value}; wanted was a StatelessProcessGroup",
     )
-    own, size, met, old = one.value
+    own, size, met, old, others_are_open = one.value
     members = [other for other, colour in enumerate(colours) if colour == colours[rank]]
     wanted = members.index(rank), len(members)
     require(
         (own, size) == wanted,
         f"{where} rank {rank} became rank {own} of {size}; wanted was {wanted[0]} of {wanted[1]}",
+    )
+    require(
+        others_are_open,
+        f"{where} rank {rank} lost the group of an earlier call, because the new one took its "
+        f"port; take a port that the system says is free",
     )
     require(
         met == members,
@@ -171,12 +190,12 @@ def _told(counts: dict[int, int], preposition: str) -> str:
 _LATE = "late"
 
 
-def _plain(value: Any, _: StatelessProcessGroup) -> Any:
+def _plain(value: Any, _: StatelessProcessGroup, __: list[StatelessProcessGroup]) -> Any:
     """On an engine: a number, or the text of anything else."""
     return value if isinstance(value, (int, float)) else repr(value)
 
 
-Use = Callable[[Any, StatelessProcessGroup], Any]
+Use = Callable[[Any, StatelessProcessGroup, list[StatelessProcessGroup]], Any]
 
 
 def _try(
@@ -194,7 +213,8 @@ def _try(
         name: of the function on the engines; its arguments are the group and a number.
         what: a word for the numbers.
         rounds: the numbers of all ranks, for each round.
-        use: is called with what the function returned, and the group; its result is the value.
+        use: is called with what the function returned, the group, and a list for groups that are
+            to stay open until the last round; its result is the value.
         backwards: whether the last engine is rank 0.
 
     Yields:
@@ -210,7 +230,8 @@ def _try(
     found = engines.run(_on_engine, name, rounds, use, backwards, PATIENCE_SECONDS)[:size]
     ranks: list[list[Tried]] = found[::-1] if backwards else found
     for number, numbers in enumerate(rounds):
-        where = f"{size} rank{'s' if size > 1 else ''}, {what} {numbers}:"
+        again = ", once more" if numbers in rounds[:number] else ""
+        where = f"{size} rank{'s' if size > 1 else ''}, {what} {numbers}{again}:"
         failed = [(rank, calls[-1]) for rank, calls in enumerate(ranks) if calls[-1].error]
         if any(len(calls) == number + 1 and calls[-1].error for calls in ranks):
             # where a rank has failed, the others may have waited in vain
@@ -240,14 +261,17 @@ def _on_engine(
         raise NameError(f"name {name!r} is not defined on engine {engine}")
     rank = size - 1 - engine if backwards else engine
     calls: list[Tried] = []
+    opened: list[StatelessProcessGroup] = []
     with StatelessProcessGroup.create(
         names["host"], names["port"], rank, size, listen_socket=names["listen_socket"]
     ) as group:
         group.store.set_timeout(timedelta(seconds=patience))
         for numbers in rounds:
-            calls.append(_call(group, names[name], numbers[rank], use, 2 * patience))
+            calls.append(_call(group, names[name], numbers[rank], use, 2 * patience, opened))
             if calls[-1].error:
                 break
+        for new in opened:
+            new.close()
     return calls
 
 
@@ -257,6 +281,7 @@ def _call(
     number: int,
     use: Use,
     seconds: float,
+    opened: list[StatelessProcessGroup],
 ) -> Tried:
     tried = Tried()
     sent, received = dict(group.send_dst_counter), dict(group.recv_src_counter)
@@ -267,7 +292,7 @@ def _call(
             tried.collectives = _collectives(group) - collectives
             tried.sent = _more(group.send_dst_counter, sent)
             tried.received = _more(group.recv_src_counter, received)
-            tried.value = use(returned, group)
+            tried.value = use(returned, group, opened)
     except TooLateError:
         tried.error, tried.text = _LATE, f"did not end within {seconds:g} s"
     except Exception as error:
