@@ -103,6 +103,29 @@ def test_the_search_of_the_notebook_is_right_and_so_is_another(capsys):
     assert "64 states of 3 ranks in 192 runs" in capsys.readouterr().out
 
 
+def by_answers(protocol, world_size, holds):
+    """Takes states for the same whose answers are."""
+    next_request, serve, _ = tools()
+    layer, states = {((),) * world_size: ((), "")}, 0
+    while layer:
+        following = {}
+        states += len(layer)
+        for answers, (memory, taken) in layer.items():
+            requests = [
+                next_request(protocol, r, world_size, answers[r]) for r in range(world_size)
+            ]
+            if not holds(requests, answers):
+                return taken, states
+            for rank, request in enumerate(requests):
+                after = dict(memory)
+                if request is None or (answer := serve(after, *request)) == "waits":
+                    continue
+                told = (*answers[:rank], (*answers[rank], answer), *answers[rank + 1 :])
+                following.setdefault(told, (tuple(sorted(after.items())), taken + str(rank)))
+        layer = following
+    return None, states
+
+
 def depth_first(protocol, world_size, holds):
     next_request, serve, _ = tools()
     todo, seen = [((), ((),) * world_size, "")], set()
@@ -126,13 +149,21 @@ def depth_first(protocol, world_size, holds):
 @pytest.mark.parametrize(
     ("answer", "match"),
     [
+        (by_answers, "Memories may differ"),
         (depth_first, "shorter schedules come first"),
         (lambda *_: (None, 0), "1 ranks with 1 requests each: returned .None, 0., wanted"),
         (searched(merge=False), "2 ranks with 1 requests each: returned"),
         (searched(ranks=1), "2 ranks with 1 requests each: returned"),
         (searched(first=False), "wanted '110'"),
     ],
-    ids=["depth first", "a constant", "every schedule apart", "rank 0 alone", "a longer schedule"],
+    ids=[
+        "by answers",
+        "depth first",
+        "a constant",
+        "every schedule apart",
+        "rank 0 alone",
+        "a longer schedule",
+    ],
 )
 def test_a_wrong_search(answer, match):
     refused(barriers.search, answer, match=match)
@@ -162,6 +193,24 @@ def doors(name=lambda number: f"door {number}", before=(), after=(), whole=None)
     return barrier
 
 
+def polls(store, rank, world_size, number):
+    if store.add("arrived", 1) == world_size:
+        store.delete_key("arrived")
+        store.set(f"door {number}", "")
+    while not store.check([f"door {number}"]):
+        pass
+
+
+def deletes_in_the_end(store, rank, world_size, number):
+    if store.add("arrived", 1) < world_size:
+        store.wait([f"door {number}"], SECOND)
+        return
+    store.delete_key("arrived")
+    for old in range(number) if number == 2 else []:
+        store.delete_key(f"door {old}")
+    store.set(f"door {number}", "")
+
+
 def test_numbered_doors(capsys):
     barriers.numbered_doors(solved("numbered_doors")[0])
     barriers.numbered_doors(doors(before=["count"], after=["door before"]))
@@ -178,8 +227,20 @@ def test_numbered_doors(capsys):
         (doors(before=["count", "door before"], after=["door"]), "this breaks it"),
         (doors(before=["count", "door before"], whole=2), "this breaks it"),
         (lambda *_: None, "Nobody returns"),
+        (polls, "again and again"),
+        (deletes_in_the_end, "at most one key"),
     ],
-    ids=["one door", "doors stay", "count stays", "too late", "its own door", "for two", "nothing"],
+    ids=[
+        "one door",
+        "doors stay",
+        "count stays",
+        "too late",
+        "its own door",
+        "for two",
+        "nothing",
+        "polls",
+        "end",
+    ],
 )
 def test_wrong_doors(answer, match):
     refused(barriers.numbered_doors, answer, match=match)

@@ -1,6 +1,7 @@
 """The checks of notebook 04 accept right answers, and say what is wrong with others."""
 
 import json
+import time
 
 import pytest
 
@@ -127,7 +128,7 @@ def test_a_right_mailbox_passes(engines, capsys, source):
                 ("mail/{self.rank}/{destination}/", "{self.rank}{destination}"),
                 ("mail/{source}/{self.rank}/", "{source}{self.rank}"),
             ],
-            "Put something between",
+            "put something between",
         ),
         (
             [("self.store.set(key", "self.store.check([key]); self.store.set(key")],
@@ -136,7 +137,13 @@ def test_a_right_mailbox_passes(engines, capsys, source):
         # the package's own messages
         (
             [("self.store.set(key, pickle.dumps(obj))", "group.send_obj(obj, destination)")],
-            "send made 0 to 0 calls",
+            "each rank sends 5 objects .* on rank 0, .* without the methods of `group`",
+        ),
+        # waits as long as the store does
+        ([("self.store.wait([key], timedelta(seconds=timeout))", "self.store.get(key)")], "rank 1"),
+        (
+            [("            raise TimeoutError", "            while True: pass\n            raise")],
+            "with a timeout of 0.3 s, .* on rank 0, your code did not end within 2 s",
         ),
         ([("class Mailbox", "del Mailbox\nclass Postbox")], "Run the cell above"),
     ],
@@ -144,10 +151,15 @@ def test_a_right_mailbox_passes(engines, capsys, source):
 )
 def test_a_wrong_mailbox_is_refused(engines, monkeypatch, changes, told):
     monkeypatch.setattr(messages, "_SECONDS", 1.0)
+    monkeypatch.setattr(messages, "_CALL_SECONDS", 2.0)
     define(engines, MAILBOX)
     define(engines, MAILBOX, *changes)
+    engines.view.execute("keys = group.store.num_keys()", block=True)
+    before = engines.gather("keys")
     with pytest.raises(UnsolvedError, match=told):
         messages.check_mailbox(engines)
+    engines.view.execute("keys = group.store.num_keys()", block=True)
+    assert engines.gather("keys") == before
 
 
 # 4.2
@@ -179,6 +191,20 @@ def all_gather(mailbox, obj, rank, world_size, timeout=5.0):
     return objects
 """
 
+# the package's own gather, by its name and by another one
+BY_GROUP = """
+def all_gather(mailbox, obj, rank, world_size, timeout=5.0):
+    return group.all_gather_obj(obj)
+"""
+UNLESS_ALONE = """
+def all_gather(mailbox, obj, rank, world_size, timeout=5.0, other=group):
+    return other.all_gather_obj(obj) if world_size > 1 else [obj]
+"""
+PAST_THE_METHODS = """
+def all_gather(mailbox, obj, rank, world_size, timeout=5.0):
+    return StatelessProcessGroup.all_gather_obj(group, obj)
+"""
+
 EACH_TO_EACH = """
 def all_gather(mailbox, obj, rank, world_size, timeout=5.0):
     others = [other for other in range(world_size) if other != rank]
@@ -208,7 +234,7 @@ def test_a_right_gather_passes(engines, capsys, source):
         (BY_RANK_0.replace("[obj, *(", "[*(").replace("))]", ")), obj]"), "on rank 0"),
         (BY_RANK_0.replace("world_size)", "4)"), "your code raised"),
         (BY_RANK_0.replace("    return objects", "    return objects[1:]"), "on rank 0"),
-        # the package's own gather
+        # without messages
         (
             "def all_gather(mailbox, obj, rank, world_size, timeout):\n"
             "    return [{'rank': r, 'number': obj['number']} for r in range(world_size)]",
@@ -216,11 +242,48 @@ def test_a_right_gather_passes(engines, capsys, source):
         ),
     ],
 )
-def test_a_wrong_gather_is_refused(engines, monkeypatch, source, told):
-    monkeypatch.setattr(messages, "_GATHER_SECONDS", 1.0)
+def test_a_wrong_gather_is_refused(engines, source, told):
     define(engines, source)
     with pytest.raises(UnsolvedError, match=told):
         messages.check_all_gather(engines)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (BY_GROUP, "1 rank: on rank 0, your code raised RuntimeError: .* methods of `group`"),
+        (UNLESS_ALONE, "2 ranks: on rank 0, your code raised RuntimeError: .* methods of `group`"),
+        (PAST_THE_METHODS, "1 rank: on rank 0, your code did not end within 2 s"),
+    ],
+)
+def test_a_gather_of_the_group_is_refused_at_once_and_a_right_one_passes_then(
+    engines, monkeypatch, capsys, source, told
+):
+    monkeypatch.setattr(messages, "_CALL_SECONDS", 2.0)
+    define(engines, source)
+    start = time.monotonic()
+    with pytest.raises(UnsolvedError, match=told):
+        messages.check_all_gather(engines)
+    assert time.monotonic() - start < 10
+    engines.view.execute("met = group.all_gather_obj(rank), group.generation", block=True)
+    met = engines.gather("met")
+    assert met == [([0, 1, 2, 3], met[0][1])] * 4
+    define(engines, BY_RANK_0)
+    messages.check_all_gather(engines)
+    assert "4 ranks took 6 messages" in capsys.readouterr().out
+
+
+def test_the_check_of_a_gather_brings_ranks_into_step(engines):
+    engines.view.execute(
+        "if rank == 1:\n"
+        "    try: group.all_gather_obj(rank, timeout=0.1)\n"
+        "    except Exception: pass",
+        block=True,
+    )
+    define(engines, BY_RANK_0)
+    messages.check_all_gather(engines)
+    engines.view.execute("met = group.all_gather_obj(rank)", block=True)
+    assert engines.gather("met") == [[0, 1, 2, 3]] * 4
 
 
 # 4.3
@@ -339,6 +402,11 @@ def test_a_right_group_passes_also_without_a_rank_that_died(engines, capsys):
             "not written",
         ),
         ([("addresses[min(agreed)]", "addresses[0]")], "your code raised|has .* wanted"),
+        # binds the address of its own socket once more
+        (
+            [("spare if rank == min(agreed) else None", "None")],
+            r"agreed on \[1, 2, 3\].*rank 1 must listen on its own socket.* on rank 1, .* in use",
+        ),
         ([("agreed.index(rank)", "rank")], "your code raised"),
         ([("len(agreed)", "len(addresses)")], "your code raised"),
         ([("return None", "raise SystemError('not on the list')")], "your code raised SystemError"),
@@ -347,7 +415,7 @@ def test_a_right_group_passes_also_without_a_rank_that_died(engines, capsys):
         # a port that no other rank knows
         (
             [("spare if rank == min(agreed) else None", "None"), ("host, port,", "host, 0,")],
-            "Group",
+            "on rank 2, your code raised ValueError: port=0",
         ),
     ],
 )

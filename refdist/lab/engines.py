@@ -42,6 +42,8 @@ _GRACE_SECONDS = 5.0  # for engines to report the interrupt
 _SETTINGS = {
     "OMP_NUM_THREADS": "1",  # four engines share the few cores of a laptop
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection would fill a notebook with stack traces
+    # torch looks up the name of each address that it connects to; a lost answer costs 5 s, or 1
+    "RES_OPTIONS": "timeout:1 attempts:1",
 }
 _ENDED = "has ended"
 _STOPPED = "is stopped"

@@ -51,7 +51,7 @@ class LoggedStore:
             try:
                 return attribute(*arguments, **options)
             finally:
-                key = keys if isinstance(keys, str) else keys[0]
+                key = keys[0] if isinstance(keys, list) else str(keys)
                 self.log.append(Request(name, key, sent, time.monotonic()))
 
         return request

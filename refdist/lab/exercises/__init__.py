@@ -49,6 +49,9 @@ def exercise(
                     raise UnsolvedError(
                         f"Exercise {title}: {text} NotImplementedError, run that cell, then this."
                     ) from None
+                if name == "TooLateError":
+                    text = f"your code {getattr(error, 'evalue', error)}"
+                    raise UnsolvedError(f"Exercise {title}: {text}") from None
                 if name == "NameError":
                     text = f"{getattr(error, 'evalue', error)}. Run the cell above this one first."
                     raise UnsolvedError(f"Exercise {title}: {text}") from error

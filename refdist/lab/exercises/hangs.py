@@ -16,7 +16,7 @@ from refdist import StatelessProcessGroup, init_gloo_process_group
 from refdist.errors import name_ranks
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import exercise, require
-from refdist.lab.exercises.trying import defined_here
+from refdist.lab.exercises.trying import defined_here, interrupted_after
 from refdist.lab.stuck import in_thread
 from refdist.torch_groups import collectives
 
@@ -70,6 +70,11 @@ def _form_groups(engines: LocalEngines) -> None:
 
 
 def _try_recorder(rank: int, world_size: int) -> dict[str, Any]:
+    with interrupted_after(_PATIENCE_SECONDS):
+        return _recorded()
+
+
+def _recorded() -> dict[str, Any]:
     """What the reader's Recorder has written down, while calls run and after them."""
     kind = defined_here("Recorder")
     seen: dict[str, Any] = {}
@@ -228,6 +233,17 @@ def random_jobs(count: int = _JOBS, seed: int = 7) -> Iterator[_Job]:
         yield job
 
 
+def _open(group: str) -> Call:
+    return {"group": group, "number": 1, "operation": "x", "shape": (4,), "done": False}
+
+
+_TWO_OPEN: tuple[list[list[Call]], dict[str, list[int]]] = (
+    [[_open("left"), _open("right")], [], []],
+    {"left": [0, 1], "right": [0, 2]},
+)
+"""A job in which rank 0 waits in two calls, in threads: for rank 1 and for rank 2."""
+
+
 def _start_job(rank: int, world_size: int, culprit: int, skipped: int) -> None:
     """Four steps of an all-reduce in a thread; the culprit leaves one out, and ends early."""
     calls: list[dict[str, Any]] = []
@@ -287,12 +303,13 @@ _AtFault = Callable[[Sequence[Sequence[Call]], Mapping[str, Sequence[int]]], lis
 def check_at_fault(at_fault: _AtFault, engines: LocalEngines) -> str:
     """Check the function on simulated jobs, and on one that hangs on the engines."""
     found: Counter[int] = Counter()
-    for job in random_jobs():
-        answer, wanted = at_fault(job.records, job.members), at_fault_in(job.records, job.members)
+    jobs: list[tuple[Any, Any]] = [(job.records, job.members) for job in random_jobs()]
+    for records, members in [*jobs, _TWO_OPEN]:
+        answer, wanted = at_fault(records, members), at_fault_in(records, members)
         require(
             list(answer) == wanted,
             f"you name {answer}; wanted: {wanted}, of ranks with these calls, in groups of "
-            f"{job.members}:{_told(job.records)}",
+            f"{members}:{_told(records)}",
         )
         found[len(wanted)] += 1
     _form_groups(engines)
@@ -465,7 +482,8 @@ def _watch(rank: int, world_size: int, present: list[int]) -> tuple[Any, float]:
     if rank not in present:
         return None, 0.0
     start = time.monotonic()
-    found = defined_here("who_is_missing")(_Here.group, _WATCH_SECONDS)
+    with interrupted_after(_PATIENCE_SECONDS):
+        found = defined_here("who_is_missing")(_Here.group, _WATCH_SECONDS)
     return found, time.monotonic() - start
 
 

@@ -1,73 +1,147 @@
 """Checks of notebook 04: a mailbox, a gather, an agreement on who is alive, and a new group.
 
-The first two and the last run the answer on the engines, where the notebook has defined it. Each
-step is one call of all engines, so an answer that fails leaves no engine waiting for another.
+All but the third run the answer on the engines, where the notebook has defined it. ``_try`` makes
+each step one call of all engines, which ends in time, so an answer that fails leaves no engine
+waiting for another. Messages go through a store of the checks, so none stay in that of the group.
 """
 
-import signal
 import socket
-import sys
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
-from torch.distributed import HashStore, PrefixStore
+from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from refdist import StatelessProcessGroup, create_tcp_store
-from refdist.exploration import (
-    Exploration,
-    Property,
-    Snapshot,
-    explore,
-    nobody_waits_for_ever,
-)
+from refdist.exploration import Snapshot, explore, nobody_waits_for_ever
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import UnsolvedError, exercise, require
+from refdist.lab.exercises.trying import TooLateError, defined_here, interrupted_after
+from refdist.lab.requests import LoggedStore
 
 _SECONDS = 3.0  # for a message that has been sent before
-_GATHER_SECONDS = 10.0
-_GATHERS = 3
+_GATHER_SECONDS = 5.0
 _CREATE_SECONDS: float = 5
-_PATIENCE_SECONDS = 30.0
+_CALL_SECONDS = 10.0  # for all that an engine does in one step
+_GATHERS = 3
+
+_Address = tuple[str, int]
+_Part = tuple[_Address, str]  # of a store: where it is, and the prefix of the keys
 
 
-class CountedStore:
-    """A store that counts the calls of its methods.
+# How an answer is tried.
 
-    Attributes:
-        calls: how often each method was called, by name.
-    """
-
-    def __init__(self, store: Any) -> None:
-        self.calls: Counter[str] = Counter()
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._store, name)
-        if not callable(method):
-            return method
-
-        def counted(*arguments: Any, **options: Any) -> Any:
-            self.calls[name] += 1
-            return method(*arguments, **options)
-
-        return counted
-
-    def count(self) -> int:
-        """The number of calls so far."""
-        return sum(self.calls.values())
+_WAITED = {
+    "TimeoutError",
+    "TooLateError",
+    "MessageTimeoutError",
+    "GroupCreationError",
+    "StoreConnectionError",
+}
 
 
-def _answer(name: str) -> Any:
-    """What the reader has defined on this engine."""
+def _refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("this exercise is to be solved without the methods of `group`")
+
+
+_REFUSED: dict[str, Any] = dict.fromkeys(
+    ("all_gather_obj", "barrier", "broadcast_obj", "recv_obj", "send_obj"), _refuse
+)
+
+
+def _call(
+    rank: int, world_size: int, seconds: float, function: Any, arguments: Sequence[Any]
+) -> tuple[Any, str, str]:
+    """On an engine: what a function returns; or the name of its error, and what happened."""
     try:
-        return vars(sys.modules["__main__"])[name]
-    except KeyError:
-        raise NameError(f"name {name!r} is not defined on the engines") from None
+        with (
+            patch.multiple(defined_here("group"), **_REFUSED),
+            interrupted_after(seconds),
+        ):
+            return function(rank, world_size, *arguments), "", ""
+    except (NameError, NotImplementedError):
+        raise
+    except TooLateError:
+        return None, "TooLateError", f"did not end within {seconds:g} s"
+    except Exception as error:
+        return None, type(error).__name__, f"raised {type(error).__name__}: {error}"
+
+
+def _run(
+    engines: LocalEngines, ranks: Sequence[int], function: Any, *arguments: Any
+) -> list[tuple[Any, str, str]]:
+    """Call ``function(rank, world_size, *arguments)`` on some engines at once. See ``_call``."""
+    results = [
+        engines.client[rank].apply_async(_call, rank, engines.n, _CALL_SECONDS, function, arguments)
+        for rank in ranks
+    ]
+    return [result.get() for result in results]
+
+
+def _try(
+    engines: LocalEngines,
+    where: str,
+    function: Any,
+    *arguments: Any,
+    ranks: Sequence[int] | None = None,
+) -> list[Any]:
+    """The results of ``_run`` on all engines, or on some.
+
+    Raises:
+        UnsolvedError: it raised. The text begins with ``where``, and names the rank; if others
+            waited in vain for that rank, not one of those.
+    """
+    ranks = range(engines.n) if ranks is None else ranks
+    ended = _run(engines, ranks, function, *arguments)
+    failed = [
+        (e in _WAITED, rank, text) for rank, (_, e, text) in zip(ranks, ended, strict=True) if e
+    ]
+    if failed:
+        _, rank, text = min(failed)
+        raise UnsolvedError(f"{where}: on rank {rank}, your code {text}")
+    return [value for value, _, _ in ended]
+
+
+class _Here:
+    """On one engine: the store of the check, a mailbox with its calls, and a bound socket."""
+
+    store: LoggedStore
+    mailbox: Any
+    number: int  # the mailbox's rank
+    socket: socket.socket
+
+
+@cache
+def _server(host: str) -> TCPStore:
+    return create_tcp_store(host, 0, is_master=True)
+
+
+# a server of torch may not answer a connection that opens while others close, so this one stays
+@cache
+def _connect(address: _Address) -> TCPStore:
+    return create_tcp_store(*address)
+
+
+def _serve(rank: int, world_size: int) -> _Address:
+    host = defined_here("group").host
+    return host, _server(host).port if rank == 0 else 0
+
+
+def _store_of(address: _Address, name: str, seconds: float) -> PrefixStore:
+    """On an engine: a part of the store. ``seconds`` limits waits that name no time."""
+    store = PrefixStore(name, _connect(address))
+    store.set_timeout(timedelta(seconds=seconds))
+    return store
+
+
+def _open_store(engines: LocalEngines) -> tuple[TCPStore, _Part]:
+    """The store of the checks, on rank 0; and of the part for a new check, where it is."""
+    address = _try(engines, "a store is opened", _serve)[0]
+    return _connect(address), (address, uuid.uuid4().hex)
 
 
 # 4.1
@@ -75,156 +149,110 @@ def _answer(name: str) -> Any:
 _OBJECTS: tuple[Any, ...] = ("first", None, {"layers": [1, 2]}, b"", 0)
 
 
-class _Post:
-    """On one engine: the reader's mailbox, its store and the calls that it has made."""
+class _LoggedStore(LoggedStore):
+    """Does not write down how long it may wait, which is no request."""
 
-    current: "_Post"
-
-    def __init__(self, rank: int, name: str) -> None:
-        group = _answer("group")
-        self.raw = create_tcp_store(group.host, group.port)
-        self.prefixed = PrefixStore(name, self.raw)
-        self.store = CountedStore(self.prefixed)
-        self.mailbox = _answer("Mailbox")(self.store, rank)
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._store.set_timeout(timeout)
 
 
-def _open(rank: int, world_size: int, name: str) -> int:
-    _Post.current = _Post(rank, name)
-    return int(_Post.current.raw.num_keys())
+def _open(rank: int, world_size: int, part: _Part, seconds: float, numbers: Sequence[int]) -> None:
+    """Make a mailbox of the rank ``numbers[rank]``."""
+    _Here.number = numbers[rank]
+    _Here.store = _LoggedStore(_store_of(*part, seconds))
+    _Here.mailbox = defined_here("Mailbox")(_Here.store, _Here.number)
 
 
-def _send_all(rank: int, world_size: int) -> list[int]:
-    """Send all objects to all ranks. The calls of the store that each took."""
-    post, calls = _Post.current, []
-    for obj in _OBJECTS:
-        for other in range(world_size):
-            if other != rank:
-                before = post.store.count()
-                post.mailbox.send((rank, other, obj), other)
-                calls.append(post.store.count() - before)
-    return calls
+def _post(
+    rank: int,
+    world_size: int,
+    sends: Sequence[tuple[int, int, Any]],
+    receives: Sequence[tuple[int, int]],
+    seconds: float,
+    delay: float = 0.0,
+) -> list[tuple[Any, int]]:
+    """Make this rank's sends, by source, destination and object; then receive, by rank and source.
 
-
-def _receive_all(
-    rank: int, world_size: int, seconds: float
-) -> tuple[list[tuple[int, Any]], list[int]]:
-    """Receive all objects, from the highest rank first. What came, and the calls that each took."""
-    post, came, calls = _Post.current, [], []
-    for _ in _OBJECTS:
-        for other in reversed(range(world_size)):
-            if other != rank:
-                before = post.store.count()
-                came.append((other, post.mailbox.receive(other, seconds)))
-                calls.append(post.store.count() - before)
-    return came, calls
-
-
-def _count_keys(rank: int, world_size: int) -> int:
-    return int(_Post.current.raw.num_keys())
-
-
-def _wait_for_late(rank: int, world_size: int) -> tuple[Any, int]:
-    """Rank 0 waits for a message that rank 1 sends half a second later. It, and the calls."""
-    post = _Post.current
-    before = post.store.count()
-    if rank == 1:
-        time.sleep(0.5)
-        post.mailbox.send("late", 0)
-    came = post.mailbox.receive(1, _PATIENCE_SECONDS) if rank == 0 else None
-    return came, post.store.count() - before
-
-
-def _wait_in_vain(rank: int, world_size: int) -> tuple[str, str, float]:
-    """Rank 0 waits for rank 1, which sends nothing. The error, its text and the seconds."""
-    if rank != 0:
-        return "", "", 0.0
-    start = time.monotonic()
-    try:
-        came = _Post.current.mailbox.receive(1, 0.3)
-        return "", f"it returned {came!r}", time.monotonic() - start
-    except Exception as error:
-        return type(error).__name__, str(error), time.monotonic() - start
-
-
-def _after_the_timeout(rank: int, world_size: int, seconds: float) -> Any:
-    mailbox = _Post.current.mailbox
-    if rank == 1:
-        mailbox.send("after the timeout", 0)
-    return _try_to_receive(mailbox, 1, seconds) if rank == 0 else None
-
-
-def _many_ranks(rank: int, world_size: int, seconds: float) -> list[Any]:
-    """Rank 0 plays ranks 1, 12, 23 and 3 of a larger group."""
-    if rank != 0:
-        return []
-    kind = _answer("Mailbox")
-    boxes = {number: kind(_Post.current.store, number) for number in (1, 12, 23, 3)}
-    boxes[1].send("1 to 23", 23)
-    boxes[12].send("12 to 3", 3)
-    return [_try_to_receive(boxes[23], 1, seconds), _try_to_receive(boxes[3], 12, seconds)]
-
-
-def _try_to_receive(mailbox: Any, source: int, seconds: float) -> Any:
-    """What came, or the TimeoutError."""
-    try:
-        return mailbox.receive(source, seconds)
-    except TimeoutError as error:
-        return error
+    Returns:
+        What each call returned, and the calls of the store that it made.
+    """
+    own, box, log = _Here.number, _Here.mailbox, _Here.store.log
+    calls = [partial(box.send, obj, other) for source, other, obj in sends if source == own]
+    time.sleep(delay if calls else 0)
+    calls += [partial(box.receive, source, seconds) for to, source in receives if to == own]
+    found = []
+    for call in calls:
+        before = len(log)
+        found.append((call(), len(log) - before))
+    return found
 
 
 @exercise("4.1 a mailbox that loses nothing")
 def check_mailbox(engines: LocalEngines) -> str:
     """Check the class ``Mailbox`` of the engines, which have a ``group``."""
-    before = engines.run(_open, f"exercise 4.1 {uuid.uuid4()}")[0]
-    sending = {calls for _ in range(2) for sent in engines.run(_send_all) for calls in sent}
-    require(
-        sending == {1},
-        f"send made {min(sending)} to {max(sending)} calls of its store; wanted: 1, a set",
-    )
-    receiving = 0
+    store, part = _open_store(engines)
+    before = store.num_keys()
+    receiving, ranks = 0, range(engines.n)
+    _try(engines, "a mailbox is made", _open, part, _SECONDS, ranks)
+    pairs = [(rank, other) for rank in ranks for other in reversed(ranks) if other != rank]
+    sends: list[tuple[int, int, Any]]
+    sends = [(*pair, (*pair, obj)) for obj in _OBJECTS for pair in pairs]
     for _ in range(2):
-        for rank, (came, calls) in enumerate(engines.run(_receive_all, _SECONDS)):
-            others = [other for other in reversed(range(engines.n)) if other != rank]
-            wanted = [(other, (other, rank, obj)) for obj in _OBJECTS for other in others]
-            for (source, seen), (_, due) in zip(came, wanted, strict=True):
+        where = f"each rank sends {len(_OBJECTS)} objects to each other one"
+        sent = _try(engines, where, _post, sends, [], _SECONDS)
+        sending = {calls for made in sent for _, calls in made}
+        require(
+            sending == {1},
+            f"send made {min(sending)} to {max(sending)} calls of its store; wanted: 1, a set",
+        )
+        where = "each rank receives what was sent to it, one of each in turn, highest rank first"
+        receives = pairs * len(_OBJECTS)
+        for rank, came in enumerate(_try(engines, where, _post, [], receives, _SECONDS)):
+            wanted = [(other, to, obj) for obj in _OBJECTS for to, other in pairs if to == rank]
+            for (seen, calls), due in zip(came, wanted, strict=True):
                 require(
                     seen == due,
-                    f"rank {rank} received {seen!r} from rank {source}; wanted: {due!r}, that is "
-                    f"(source, destination, object). Which ranks does the key name?",
+                    f"{where}: rank {rank} received {seen!r} from rank {due[0]}; wanted: {due!r}, "
+                    f"that is (source, destination, object). Which ranks does the key name?",
                 )
-            receiving = max(receiving, *calls)
+                receiving = max(receiving, calls)
     require(
         receiving <= 3,
         f"receive made up to {receiving} calls of its store; wanted: at most 3, one each to wait, "
         f"to read and to delete",
     )
-    left = engines.run(_count_keys)[0] - before
-    require(left == 0, f"{left} keys were left; wanted: 0. Delete what has been read")
-    late, calls = engines.run(_wait_for_late)[0]
+    where = "rank 0 receives from rank 1, which sends 0.5 s later"
+    found = _try(engines, where, _post, [(1, 0, "late")], [(0, 1)], _SECONDS, 0.5)
+    late, calls = found[0][0]
     require(
         late == "late" and calls <= 3,
-        f"rank 0 waited for half a second, and got {late!r} with {calls} calls of its store; "
-        f"wanted: 'late' with at most 3. Let the store wait",
+        f"{where}: it got {late!r} with {calls} calls of its store; wanted: 'late' with at most 3. "
+        f"Let the store wait",
     )
-    kind, text, seconds = engines.run(_wait_in_vain)[0]
+    where = "rank 0 receives from rank 1 with a timeout of 0.3 s, and no message comes"
+    start = time.monotonic()
+    value, kind, text = _run(engines, ranks, _post, [], [(0, 1)], 0.3)[0]
+    seconds = time.monotonic() - start
     require(
         kind == "TimeoutError" and "rank 1" in text and seconds < _SECONDS,
-        f"no message came from rank 1 for 0.3 s: {kind or 'no error'}: {text} (after "
-        f"{seconds:.1f} s); wanted: a TimeoutError whose text names rank 1",
+        f"{where}: after {seconds:.1f} s, on rank 0, your code {text or f'returned {value}'}; "
+        f"wanted: a TimeoutError whose text names rank 1",
     )
-    came = engines.run(_after_the_timeout, _SECONDS)[0]
+    where = "after that timeout, rank 1 sends, and rank 0 receives again"
+    came = _try(engines, where, _post, [(1, 0, "in time")], [(0, 1)], _SECONDS)[0][0][0]
     require(
-        came == "after the timeout",
-        f"after a timeout, rank 0 received {came!r}; wanted: the message that it waited for before",
+        came == "in time",
+        f"{where}: it got {came!r}; wanted: 'in time', the message that it waited for before",
     )
-    seen = engines.run(_many_ranks, _SECONDS)[0]
-    require(
-        seen == ["1 to 23", "12 to 3"],
-        f"of ranks 1, 12, 23 and 3 of a larger group, two received {seen}; wanted: ['1 to 23', "
-        f"'12 to 3']. Put something between the numbers in a key",
-    )
-    left = engines.run(_count_keys)[0] - before
-    require(left == 0, f"{left} keys were left in the end; wanted: 0")
+    where = "the engines play ranks 1, 12, 23 and 3; 1 sends to 23, and 12 to 3"
+    _try(engines, where, _open, part, _SECONDS, (1, 12, 23, 3))
+    sends = [(1, 23, "1 to 23"), (12, 3, "12 to 3")]
+    where += " (put something between the numbers in a key)"
+    found = _try(engines, where, _post, sends, [(23, 1), (3, 12)], _SECONDS)
+    seen = [came[0][0] for came in found[2:]]
+    require(seen == ["1 to 23", "12 to 3"], f"{where}: 23 and 3 received {seen}")
+    left = store.num_keys() - before
+    require(left == 0, f"{left} keys were left; wanted: 0. Delete what has been read")
     messages = 2 * len(_OBJECTS) * engines.n * (engines.n - 1)
     return (
         f"{messages} messages between {engines.n} ranks; a send took 1 call, a receive at most "
@@ -238,9 +266,7 @@ def check_mailbox(engines: LocalEngines) -> str:
 class _CountedMailbox:
     """The messages of a group, by the methods of the reader's mailbox, and their number."""
 
-    def __init__(self, rank: int, world_size: int, name: str) -> None:
-        group = _answer("group")
-        store = PrefixStore(name, create_tcp_store(group.host, group.port))
+    def __init__(self, rank: int, world_size: int, store: PrefixStore) -> None:
         self.sent = 0
         self._group = StatelessProcessGroup(rank, world_size, store)
 
@@ -252,49 +278,46 @@ class _CountedMailbox:
         return self._group.recv_obj(source, timeout)
 
 
-_Gathers = list[tuple[Any, int]]
-
-
-def _gather(rank: int, world_size: int, size: int, name: str, seconds: float) -> _Gathers:
+def _gather(
+    rank: int, world_size: int, size: int, part: _Part, seconds: float
+) -> list[tuple[Any, int]]:
     """Gather three times on the first ``size`` ranks. The results, and the messages of each."""
-    found: _Gathers = []
-    if rank >= size:
-        return found
-    mailbox = _CountedMailbox(rank, size, name)
-    for number in range(_GATHERS):
-        sent, mine = mailbox.sent, {"rank": rank, "number": number}
-        result = _answer("all_gather")(mailbox, mine, rank, size, seconds)
-        found.append((result, mailbox.sent - sent))
+    found: list[tuple[Any, int]] = []
+    if rank < size:
+        store = PrefixStore(f"{size} ranks", _store_of(*part, seconds))
+        mailbox = _CountedMailbox(rank, size, store)
+        for number in range(_GATHERS):
+            sent, mine = mailbox.sent, {"rank": rank, "number": number}
+            result = defined_here("all_gather")(mailbox, mine, rank, size, seconds)
+            found.append((result, mailbox.sent - sent))
     return found
-
-
-def _group_keys(rank: int, world_size: int) -> int:
-    return int(_answer("group").store.num_keys()) if rank == 0 else 0
 
 
 @exercise("4.2 a gather of fewer messages")
 def check_all_gather(engines: LocalEngines) -> str:
-    """Check the function ``all_gather`` of the engines, over the messages of their ``group``."""
-    before = engines.run(_group_keys)[0]
+    """Check the function ``all_gather`` of the engines, which have a ``group``."""
+    store, part = _open_store(engines)
+    before = store.num_keys()
+    engines.view.execute("group.realign(5)", block=True)  # some ranks may have made calls alone
     messages = 0
     for size in range(1, engines.n + 1):
-        name = f"exercise 4.2 {uuid.uuid4()}"
-        found = engines.run(_gather, size, name, _GATHER_SECONDS)[:size]
+        where = f"{size} rank{'s' if size > 1 else ''}"
+        found = _try(engines, where, _gather, size, part, _GATHER_SECONDS)[:size]
         for number in range(_GATHERS):
             wanted = [{"rank": rank, "number": number} for rank in range(size)]
             for rank, gathers in enumerate(found):
                 require(
                     gathers[number][0] == wanted,
-                    f"gather {number} of {size} ranks returned {gathers[number][0]!r} on rank "
-                    f"{rank}; wanted: {wanted}",
+                    f"gather {number} of {where} returned {gathers[number][0]!r} on rank {rank}; "
+                    f"wanted: {wanted}",
                 )
             messages = sum(gathers[number][1] for gathers in found)
             require(
                 size - 1 <= messages <= 2 * (size - 1),
-                f"{size} ranks sent {messages} messages; wanted: at most {2 * (size - 1)}, and "
-                f"all objects in messages of the mailbox",
+                f"{where} sent {messages} messages; wanted: at most {2 * (size - 1)}, and all "
+                f"objects in messages of the mailbox",
             )
-    left = engines.run(_group_keys)[0] - before
+    left = store.num_keys() - before
     require(left == 0, f"{left} keys were left; wanted: 0. Is each message read that is sent?")
     each = engines.n * (engines.n - 1)
     return (
@@ -352,12 +375,12 @@ def agreement_protocol(agree: _Agree, names: tuple[str, ...] = ("agree",)) -> An
     """The protocol of ranks that agree on lists under these names, for ``explore``."""
 
     def protocol(store: Any, rank: int, world_size: int) -> dict[str, Callable[[], object]]:
-        counted = CountedStore(store)
+        counted = LoggedStore(store)
 
         def call(name: str) -> Agreed:
-            before = counted.count()
+            before = len(counted.log)
             agreed = Agreed(agree(counted, name, _proposal(name, rank, world_size)))
-            agreed.requests = counted.count() - before
+            agreed.requests = len(counted.log) - before
             return agreed
 
         return {name: lambda name=name: call(name) for name in names}  # type: ignore[misc]
@@ -372,27 +395,23 @@ def check_agree(agree: _Agree) -> str:
     alone.set_timeout(timedelta(seconds=1))
     found = agree(alone, "alone", [0, 2])
     require(found == [0, 2], f"a rank alone proposed [0, 2] and got {found!r}; wanted: [0, 2]")
-    properties = [nobody_raises, one_list, a_list_of_a_rank, nobody_waits_for_ever]
-    schedules = [
-        _explore(agree, world_size, names, properties).schedules
-        for world_size, names in ((2, ("first", "second")), (3, ("first",)))
-    ]
-    _explore(agree, 2, ("first",), [_few_requests])
+    wanted = [nobody_raises, one_list, a_list_of_a_rank, nobody_waits_for_ever]
+    schedules = []
+    for world_size, names, properties in (
+        (2, ("first", "second"), wanted),
+        (3, ("first",), wanted),
+        (2, ("first",), [_few_requests]),
+    ):
+        protocol = agreement_protocol(agree, names)
+        explored = explore(protocol, world_size, properties, timeouts=1, crashes=1)
+        if explored.counterexample is not None:
+            told = explored.counterexample.timeline()
+            raise UnsolvedError(f"with {world_size} ranks, one schedule breaks it:\n{told}")
+        schedules.append(explored.schedules)
     return (
         f"In {schedules[0]:,} schedules of 2 ranks and {schedules[1]:,} of 3, of which one may "
         f"die, no rank returned another list, and none waited."
     )
-
-
-def _explore(
-    agree: _Agree, world_size: int, names: tuple[str, ...], properties: Sequence[Property]
-) -> Exploration:
-    protocol = agreement_protocol(agree, names)
-    explored = explore(protocol, world_size, properties, timeouts=1, crashes=1)
-    if explored.counterexample is not None:
-        told = explored.counterexample.timeline()
-        raise UnsolvedError(f"with {world_size} ranks, one schedule breaks it:\n{told}")
-    return explored
 
 
 def _few_requests(snapshot: Snapshot) -> bool:
@@ -408,25 +427,19 @@ def _few_requests(snapshot: Snapshot) -> bool:
 # 4.4
 
 
-class _Spare:
-    """On one engine: the socket that it has bound before."""
-
-    socket: socket.socket
-
-
-def _bind(rank: int) -> tuple[str, int]:
-    _Spare.socket = socket.socket()
-    _Spare.socket.bind((_answer("group").host, 0))
-    host, port = _Spare.socket.getsockname()
+def _bind(rank: int, world_size: int) -> _Address:
+    _Here.socket = socket.socket()
+    _Here.socket.bind((defined_here("group").host, 0))
+    host, port = _Here.socket.getsockname()
     return host, port
 
 
 def _regroup(
-    rank: int, agreed: list[int], addresses: dict[int, tuple[str, int]], seconds: float
+    rank: int, world_size: int, agreed: list[int], addresses: dict[int, _Address], seconds: float
 ) -> Any:
     """Call the answer. What its group is, and what a gather there returns; None without one."""
-    regroup = _answer("regroup")
-    group = regroup(list(agreed), dict(addresses), rank, _Spare.socket, seconds)
+    regroup = defined_here("regroup")
+    group = regroup(list(agreed), dict(addresses), rank, _Here.socket, seconds)
     if group is None:
         return None
     with group:
@@ -434,49 +447,29 @@ def _regroup(
         return (*told, group.all_gather_obj(f"was rank {rank}", seconds))
 
 
-def _on(engines: LocalEngines, ranks: list[int], function: Any, *arguments: Any) -> list[Any]:
-    """Call a function on some engines at once. Those that do not end are interrupted."""
-    results = [engines.client[rank].apply_async(function, rank, *arguments) for rank in ranks]
-    end = time.monotonic() + _PATIENCE_SECONDS
-    for rank, result in zip(ranks, results, strict=True):
-        if not result.wait(max(0.0, end - time.monotonic())):
-            with suppress(ProcessLookupError):
-                engines.signal(rank, signal.SIGINT)
-    require(
-        all(result.wait(_SECONDS) for result in results) and time.monotonic() < end,
-        f"a rank had not ended after {_PATIENCE_SECONDS:g} s. Is store_timeout={_CREATE_SECONDS} "
-        f"passed on, which the check gives as seconds?",
-    )
-    return [result.get() for result in results]
-
-
-def _lists(alive: list[int]) -> Iterator[list[int]]:
-    """Lists of survivors: without the lowest, without the middle, all."""
-    yield alive[1:]
-    yield [alive[0], alive[-1]]
-    yield alive
-
-
 @exercise("4.4 a new group")
 def check_regroup(engines: LocalEngines) -> str:
     """Check the function ``regroup`` of those engines that answer, which have a ``group``."""
     alive = engines.answering()
     require(len(alive) >= 3, f"only {alive} answer; wanted: at least 3 engines. Start them again")
-    addresses = dict(zip(alive, _on(engines, alive, _bind), strict=True))
-    for agreed in _lists(alive):
-        found = _on(engines, alive, _regroup, agreed, addresses, _CREATE_SECONDS)
+    bound = _try(engines, "each rank binds a socket", _bind, ranks=alive)
+    addresses = dict(zip(alive, bound, strict=True))
+    lists = [alive[1:], [alive[0], alive[-1]], alive]
+    for agreed in lists:
+        where = (
+            f"agreed on {agreed}, seconds={_CREATE_SECONDS} (so rank {agreed[0]} must listen on "
+            f"its own socket, and the others connect to its address)"
+        )
+        found = _try(engines, where, _regroup, agreed, addresses, _CREATE_SECONDS, ranks=alive)
         names = [f"was rank {rank}" for rank in agreed]
         for rank, told in zip(alive, found, strict=True):
             if rank not in agreed:
-                require(
-                    told is None,
-                    f"agreed on {agreed}: rank {rank} returned {told!r}; wanted: None",
-                )
+                require(told is None, f"{where}: rank {rank} returned {told!r}; wanted: None")
                 continue
             wanted = agreed.index(rank), len(agreed), addresses[agreed[0]], names
             require(
                 told == wanted,
-                f"agreed on {agreed}: rank {rank} has {told}; wanted: {wanted}, that is new rank, "
-                f"world size, address, and what a gather returns",
+                f"{where}: rank {rank} has {told}; wanted: {wanted}, that is new rank, world size, "
+                f"address, and what a gather returns",
             )
-    return f"Groups of {', '.join(map(str, _lists(alive)))}, each where its lowest rank listens."
+    return f"Groups of {', '.join(map(str, lists))}, each where its lowest rank listens."

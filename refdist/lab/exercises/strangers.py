@@ -131,9 +131,13 @@ def _require_hit(
         f"{destination} received {came.result!r:.80}",
     )
     require(
-        visits[destination] == [name] and came.result == f"{name} was here",
-        f"{where}: the function was called with {visits[destination]}, wanted {[name]}; recv_obj "
-        f"returned {came.result!r:.80}",
+        visits[destination] == [name],
+        f"{where}: the function was called with {visits[destination]}, wanted {[name]}",
+    )
+    require(
+        came.result == f"{name} was here",
+        f"{where}: recv_obj returned {came.result!r:.80}, wanted what the function returns. Was "
+        f"another message hit?",
     )
 
 

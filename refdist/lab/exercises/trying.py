@@ -36,7 +36,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if late.is_set():
-            raise TooLateError from None
+            raise TooLateError(f"did not end within {seconds:g} s") from None
         raise
     finally:
         timer.cancel()

@@ -16,7 +16,7 @@ _EVENTS = {
     "asks": ("o", SKY, "asks the store"),
     "waits": ("o", "white", "begins to wait"),
     "is woken": ("*", ORANGE, "is woken"),
-    "times out": ("D", ORANGE, "has waited long enough"),
+    "times out": ("D", ORANGE, "its time is up"),
     "returns": ("s", GREEN, "returns"),
     "raises": ("X", VERMILION, "raises an error"),
     "dies": ("P", "black", "dies"),
