@@ -19,6 +19,7 @@ CHECKS = {
         "pytest",
         "--nbval",
         "--timeout=0",  # nbval has a deadline for each cell
+        "-n2",  # engines start, and ranks wait, for most of the time
         "notebooks",
     ],
 }

@@ -234,12 +234,14 @@ WRONG = {
     "a port for each colour": (
         "split",
         FIXED.format(port="29500 + number"),
-        r"colours \[7, 7, 7, 2\], once more: rank \d lost the group of an earlier call",
+        # or another program of this machine has the port
+        r"colours \[7, 7, 7, 2\].*: (rank \d lost the group of an earlier call|on rank \d, your)",
     ),
     "a port for each first rank, after the group's own": (
         "split",
         FIXED.format(port="group.port + 1 + members[0]"),
-        r"colours \[7, 7, 7, 2\], once more: rank \d lost the group of an earlier call",
+        # or another program of this machine has the port
+        r"colours \[7, 7, 7, 2\].*: (rank \d lost the group of an earlier call|on rank \d, your)",
     ),
     "a port for each colour and call": (
         "split",
