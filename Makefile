@@ -4,7 +4,7 @@
 # make fuzz       let a stranger write 100,000 inputs into the stores of live groups: minutes
 # make nemesis    kill, stop and interrupt ranks at random for SECONDS=600, and check their logs
 # make notebooks  execute all notebooks and store them with their outputs
-# make clean      remove what make made
+# make clean      remove what make installed and built; learn/ stays
 
 PYTHON ?= python3
 TORCH ?=

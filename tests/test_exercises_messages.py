@@ -424,3 +424,13 @@ def test_a_wrong_group_is_refused(engines, monkeypatch, changes, told):
     define(engines, REGROUP, *changes)
     with pytest.raises(UnsolvedError, match=told):
         messages.check_regroup(engines)
+
+
+def test_an_agreement_that_asks_again_and_again_is_refused_soon():
+    def polls(store, name, mine):
+        while store.add(name, 1) < 100:
+            pass
+        return mine
+
+    with pytest.raises(UnsolvedError, match="asks the store again and again"):
+        messages.check_agree(polls)

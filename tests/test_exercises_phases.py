@@ -63,6 +63,17 @@ def test_a_barrier_with_numbered_doors_passes(answer, capsys):
     assert "Exercise 1.1 a door for each use: solved." in capsys.readouterr().out
 
 
+def polls(store, rank, world_size, number):
+    count = store.add(f"count/{number}", 1)
+    while count < world_size:
+        count = store.add(f"count/{number}", 0)
+
+
+def test_an_answer_that_asks_again_and_again_is_refused_soon():
+    with pytest.raises(UnsolvedError, match="asks the store again and again"):
+        check_numbered_door(polls)
+
+
 def one_door(store, rank, world_size, number):
     if store.add("count", 1) == world_size:
         store.set("door", "open")

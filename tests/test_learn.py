@@ -66,8 +66,12 @@ def needed(cells):
     return kept[::-1]
 
 
+@pytest.mark.timeout(300)
 @each_notebook
-def test_every_stub_fails_its_check_with_a_message_that_helps(path):
+def test_every_stub_fails_its_check_with_a_message_that_helps(path, tmp_path):
+    # as make learn lays them out
+    (tmp_path / "notebooks").symlink_to(path.parent)
+    (tmp_path / "learn").mkdir()
     copied = json.dumps(learners_copy(json.loads(path.read_text())))
     copy = nbformat.reads(copied, as_version=4)
     copy.cells = needed(copy.cells)
@@ -78,7 +82,7 @@ def test_every_stub_fails_its_check_with_a_message_that_helps(path):
         timeout=CELL_SECONDS,
         kernel_name="python3",
         allow_errors=True,
-        resources={"metadata": {"path": str(path.parent)}},
+        resources={"metadata": {"path": str(tmp_path / "learn")}},
     ).execute()
     checks = [cell for cell in copy.cells if "check" in tags(cell)]
     for number, cell in enumerate(checks, start=1):
@@ -86,6 +90,13 @@ def test_every_stub_fails_its_check_with_a_message_that_helps(path):
         assert error.ename == "UnsolvedError"
         assert error.evalue.startswith(f"Exercise {int(path.name[:2])}.{number} ")
         assert "not written yet" in error.evalue
+
+
+@each_notebook
+def test_a_copy_finds_the_files_that_it_names(path):
+    for name in re.findall(r'Path\(\\"([^"]+)\\"\)', path.read_text()):
+        assert (ROOT / "learn" / ".." / name.removeprefix("../")).resolve().exists()
+        assert name.startswith("../")
 
 
 def small(source):
@@ -137,6 +148,22 @@ def half(x):
     raise NotImplementedError
 print(double(2))"""
     )
+
+
+def test_markers_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="do not match"):
+        learners_copy(small("def f():\n    ### BEGIN SOLUTION\n    return 1"))
+
+
+def test_a_file_that_is_no_notebook_is_kept(tmp_path, capsys):
+    solved, learn = tmp_path / "notebooks", tmp_path / "learn"
+    solved.mkdir()
+    learn.mkdir()
+    (solved / "a.ipynb").write_text(json.dumps(small("1")))
+    (learn / "a.ipynb").write_text("half of")
+    write_copies(solved, learn)
+    assert (learn / "a.ipynb").read_text() == "half of"
+    assert "kept as it is" in capsys.readouterr().out
 
 
 def test_the_work_of_a_learner_is_never_overwritten(tmp_path, capsys):

@@ -98,6 +98,9 @@ class Hosts:
             self.remove()
             told = str(getattr(error, "stderr", None) or error)
             raise NoHostsError(f"ip made no network namespaces: {told.strip()}") from None
+        except BaseException:
+            self.remove()
+            raise
         return self
 
     def _build(self) -> None:
@@ -124,10 +127,9 @@ class Hosts:
     def remove(self) -> None:
         """Remove the hosts. A process that is in one keeps it until the process ends."""
         for name in ["switch", *range(self.count)]:
-            with suppress(OSError):
-                subprocess.run(
-                    ["ip", "netns", "del", self.namespace(name)], capture_output=True, check=False
-                )
+            delete = ["ip", "netns", "del", self.namespace(name)]
+            with suppress(OSError, subprocess.SubprocessError):
+                subprocess.run(delete, capture_output=True, check=False, timeout=20)
 
     def ip(self, name: int | str, *commands: str) -> None:
         """Let the tool ``ip`` run commands on a host, or on the switch."""

@@ -23,8 +23,11 @@ def learners_copy(notebook: dict[str, Any]) -> dict[str, Any]:
     cells = []
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            stub = _SOLUTION.sub(_STUB, "".join(cell["source"])).splitlines(keepends=True)
-            cell = cell | {"source": stub, "outputs": [], "execution_count": None}
+            stub = _SOLUTION.sub(_STUB, "".join(cell["source"]))
+            if "### BEGIN SOLUTION" in stub or "### END SOLUTION" in stub:
+                raise ValueError(f"markers of a solution that do not match:\n{stub}")
+            source = stub.splitlines(keepends=True)
+            cell = cell | {"source": source, "outputs": [], "execution_count": None}
         cells.append(cell)
     return notebook | {"cells": cells}
 
@@ -36,20 +39,28 @@ def write_copies(notebooks: Path, folder: Path) -> None:
         notebooks: folder of the solved notebooks.
         folder: folder of the copies; it is made if it is missing.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(notebooks.glob("*.ipynb")):
-        copy, target = learners_copy(json.loads(path.read_text())), folder / path.name
+        copy, target = learners_copy(json.loads(path.read_text("utf-8"))), folder / path.name
         if not target.exists():
-            target.write_text(json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
+            text = json.dumps(copy, indent=1, ensure_ascii=False) + "\n"
+            part = target.with_suffix(".part")
+            part.write_text(text, "utf-8")
+            part.replace(target)
             print(f"{target}: new")
-        elif _sources(json.loads(target.read_text())) == _sources(copy):
+        elif _sources(target) == [cell["source"] for cell in copy["cells"]]:
             print(f"{target}: kept, nothing is written in it yet")
         else:
             print(f"{target}: kept as it is. To start it anew, delete it and run this again")
 
 
-def _sources(notebook: dict[str, Any]) -> list[str]:
-    return ["".join(cell["source"]) for cell in notebook["cells"]]
+def _sources(path: Path) -> list[list[str]] | None:
+    """The sources of a copy; None of a file that is no notebook."""
+    try:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        return ["".join(cell["source"]).splitlines(keepends=True) for cell in cells]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def main() -> None:

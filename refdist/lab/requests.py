@@ -70,7 +70,7 @@ def log_requests(group: StatelessProcessGroup) -> list[Request]:
 def wait_until_inside(
     waited_for: StatelessProcessGroup | Barrier, count: int, seconds: float = 20.0
 ) -> list[int]:
-    """Block until so many ranks wait in the barrier that this rank would enter next.
+    """Block until so many ranks have arrived at the barrier that this rank would enter next.
 
     Returns:
         These ranks, as the roll of the barrier names them.

@@ -145,7 +145,8 @@ def _write_stacks_at_a_signal(rank: int, world_size: int, folder: str) -> None:
     def keep_cell(info: Any) -> None:
         # IPython names the file of a cell in the same way, so stacks have this name
         name = Path(shell.compile.get_code_name(info.raw_cell, info.raw_cell, 0)).name
-        Path(folder, name).write_text(info.raw_cell)
+        with suppress(FileNotFoundError):  # the reader may be gone, with its folder
+            Path(folder, name).write_text(info.raw_cell)
 
     def add_other_threads(number: int, frame: FrameType | None) -> None:
         text = _OTHERS

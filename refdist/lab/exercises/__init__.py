@@ -27,8 +27,8 @@ def exercise(
 ) -> Callable[[Callable[Arguments, str]], Callable[Arguments, None]]:
     """Make a check of a function that returns what it measured: it prints that, after the title.
 
-    Errors of the answer are told as such. An answer that is still a stub raises
-    NotImplementedError, on this process or on an engine.
+    An error that the answer raises becomes an UnsolvedError that names it. An answer that is still
+    a stub raises NotImplementedError, on this process or on an engine.
 
     Args:
         title: number and name, such as "5.1 numbered doors".

@@ -17,6 +17,7 @@ from refdist.exploration import (
     within,
 )
 from refdist.lab.exercises import UnsolvedError, exercise, require
+from refdist.lab.exercises.trying import LimitedStore
 from refdist.lab.requests import LoggedStore
 
 Step = Callable[[Any, int, int, int], object]
@@ -193,7 +194,7 @@ def my_barrier(answer: Callable[[Any, int, int], Any]) -> str:
 
 def _waits(answer: Callable[[Any, int, int], Any], times: int) -> Callable[..., dict[str, Any]]:
     def protocol(store: Any, rank: int, world_size: int) -> dict[str, Any]:
-        barrier = answer(_Limited(store, times * _MOST_REQUESTS), rank, world_size)
+        barrier = answer(LimitedStore(store, times * _MOST_REQUESTS), rank, world_size)
         return {f"barrier {number}": lambda: barrier.wait() and None for number in range(times)}
 
     return protocol
@@ -219,20 +220,7 @@ def _explore(
 
 
 def _call(step: Step, store: Any, *place: Any) -> None:
-    step(_Limited(store), *place)
-
-
-class _Limited:
-    """A store for an answer that may ask again and again."""
-
-    def __init__(self, store: Any, most: int = _MOST_REQUESTS) -> None:
-        self._store, self._left = store, most
-
-    def __getattr__(self, name: str) -> Any:
-        self._left -= 1
-        if self._left < 0:
-            raise UnsolvedError("a rank asks the store again and again: let it wait in the store")
-        return getattr(self._store, name)
+    step(LimitedStore(store, _MOST_REQUESTS), *place)
 
 
 def _ask(

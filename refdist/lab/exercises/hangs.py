@@ -16,7 +16,7 @@ from refdist import StatelessProcessGroup, init_gloo_process_group
 from refdist.errors import name_ranks
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import exercise, require
-from refdist.lab.exercises.trying import defined_here, interrupted_after
+from refdist.lab.exercises.trying import TooLateError, defined_here, interrupted_after
 from refdist.lab.stuck import in_thread
 from refdist.torch_groups import collectives
 
@@ -24,7 +24,6 @@ Call = Mapping[str, Any]
 """A call: ``group``, its ``number`` there, ``operation``, ``shape``, and whether it is ``done``."""
 
 _PATIENCE_SECONDS = 20.0
-_GLOO_SECONDS = 2.0
 _JOBS = 300
 
 
@@ -54,16 +53,16 @@ def _form(rank: int, world_size: int) -> None:
     )
 
 
-def _form_gloo(rank: int, world_size: int) -> None:
-    store, timeout = PrefixStore("exercise", _Here.group.store), timedelta(seconds=_GLOO_SECONDS)
+def _form_gloo(rank: int, world_size: int, seconds: float) -> None:
+    store, timeout = PrefixStore("exercise", _Here.group.store), timedelta(seconds=seconds)
     _Here.gloo = init_gloo_process_group(store, rank, world_size, timeout)
     _Here.kept.append(_Here.gloo)
 
 
-def _form_groups(engines: LocalEngines) -> None:
+def _form_groups(engines: LocalEngines, seconds: float) -> None:
     engines.offer_port()
     engines.run(_form)
-    engines.run(_form_gloo)
+    engines.run(_form_gloo, seconds)
 
 
 # 7.1
@@ -312,7 +311,7 @@ def check_at_fault(at_fault: _AtFault, engines: LocalEngines) -> str:
             f"{members}:{_told(records)}",
         )
         found[len(wanted)] += 1
-    _form_groups(engines)
+    _form_groups(engines, _PATIENCE_SECONDS)
     culprit = random.randrange(engines.n)
     records = _real_job(engines, culprit)
     answer = at_fault(records, {"all": list(range(engines.n))})
@@ -387,7 +386,7 @@ def check_launch(launch: _Launch, engines: LocalEngines) -> str:
                     f"of your order {common}, all up to the first that is not ready",
                 )
             tried += 1
-    _form_groups(engines)
+    _form_groups(engines, _PATIENCE_SECONDS)
     arrivals = [random.sample(range(6), 6) for _ in range(engines.n)]
     orders = [_launches(launch, arrival)[-1] for arrival in arrivals]
     wanted = [float(sum(bucket * 10 + rank for rank in range(engines.n))) for bucket in range(6)]
@@ -419,8 +418,9 @@ def _try_reduce(rank: int, world_size: int, kinds: list[_Kind]) -> tuple[str, st
     sent += group.broadcast_send_counter
     kind, text = "", ""
     try:
-        defined_here("checked_all_reduce")(tensor, group, _Here.gloo)
-    except NotImplementedError:
+        with interrupted_after(_PATIENCE_SECONDS):
+            defined_here("checked_all_reduce")(tensor, group, _Here.gloo)
+    except (NotImplementedError, TooLateError):
         raise
     except Exception as error:
         kind, text = type(error).__name__, str(error)
@@ -432,7 +432,7 @@ def _try_reduce(rank: int, world_size: int, kinds: list[_Kind]) -> tuple[str, st
 @exercise("7.4 an all-reduce that names the odd rank")
 def check_checked_all_reduce(engines: LocalEngines) -> str:
     """Check the function ``checked_all_reduce`` of the engines, in groups of their own."""
-    _form_groups(engines)
+    _form_groups(engines, 2.0)  # a wrong answer hangs for so long
     most = 0
     for kinds, odd in _MIXED:
         what = f"shapes and dtypes {kinds}: "
