@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Attempt(NamedTuple):
-    """What came of a call.
+    """The result or the error of a call.
 
     Attributes:
         result: what it returned; None if it raised.

@@ -1,4 +1,4 @@
-"""What a barrier costs: its requests to the store and its milliseconds, for several world sizes.
+"""The cost of a barrier: requests to the store and milliseconds, for several world sizes.
 
 Each rank is a process of this machine. A barrier may be a function of a notebook. It reaches the
 processes as functions reach engines, so it can use its arguments and what it imports itself, and
@@ -32,7 +32,7 @@ BarrierFunction = Callable[[Any, int, int, int], object]
 
 @dataclass(frozen=True)
 class BarrierCost:
-    """What one barrier costs.
+    """The cost of one barrier.
 
     Attributes:
         name: of the kind of barrier.

@@ -130,7 +130,7 @@ def _is_complete(dump: str) -> bool:
 
 
 class _OnThisEngine:
-    """What an engine keeps so that it can write its stacks."""
+    """The things that an engine keeps so that it can write its stacks."""
 
     file: TextIO | None = None
     keep_cell: Any = None

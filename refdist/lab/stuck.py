@@ -83,7 +83,7 @@ def _let_in(rank: int, world_size: int) -> str:
 
 
 def torch_records() -> list[dict[str, Any]] | None:
-    """What torch's flight recorder has about this process, oldest first.
+    """The records of torch's flight recorder for this process, oldest first.
 
     Gloo is recorded by torch 2.13, where the environment of ``RECORDING`` is set before torch is
     imported. Returns None on a torch without such a recorder, such as 2.6.

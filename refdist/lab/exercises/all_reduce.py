@@ -101,7 +101,7 @@ def _require_whole(held: list[list[Counter[int]]], n: int, wanted: int, where: s
 # 3.2: the ring, on engines.
 
 PATIENCE_SECONDS = 3.0
-"""How long an answer may wait for one message. Four times as long, it may take in all."""
+"""Seconds that an answer may wait for one message. In all, it may take four times as long."""
 
 _CASES: tuple[tuple[tuple[int, ...], torch.dtype], ...] = (
     ((120,), torch.int64),
@@ -114,7 +114,7 @@ _GUARD = 8
 
 
 class CountedGroup:
-    """What a ring may use of a gloo group: rank, size, send and recv. It counts this rank's bytes.
+    """A gloo group with rank, size, send and recv alone, which counts the bytes of this rank.
 
     Attributes:
         sent: bytes sent, by destination.
@@ -154,7 +154,7 @@ class CountedGroup:
 
 @dataclass
 class _Seen:
-    """What the answer did with one tensor on one rank, or the error that it raised."""
+    """The actions of the answer with one tensor on one rank, or the error that it raised."""
 
     exact: bool = False
     guarded: bool = False

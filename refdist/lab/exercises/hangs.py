@@ -28,7 +28,7 @@ _JOBS = 300
 
 
 def batches_of(rank: int) -> int:
-    """How many batches a rank of notebook 07 has. Look only after you have found out."""
+    """The number of batches that a rank of notebook 07 has. Look only after you have found out."""
     return (3, 3, 2, 3)[rank]
 
 
@@ -74,7 +74,7 @@ def _try_recorder(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def _recorded() -> dict[str, Any]:
-    """What the reader's Recorder has written down, while calls run and after them."""
+    """The records of the reader's Recorder, while calls run and after them."""
     kind = defined_here("Recorder")
     seen: dict[str, Any] = {}
 
@@ -332,7 +332,7 @@ _Launch = Callable[[set[int], list[int], int], list[int]]
 
 
 def _launches(launch: _Launch, arrival: Sequence[int]) -> list[list[int]]:
-    """What has been launched, in order, after each bucket that became ready in this order."""
+    """The buckets launched so far, in order, after each one that became ready in this order."""
     ready: set[int] = set()
     launched: list[int] = []
     after = []

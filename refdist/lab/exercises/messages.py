@@ -25,6 +25,7 @@ from refdist.lab.exercises.trying import (
     TooLateError,
     defined_here,
     interrupted_after,
+    no_call_raises,
 )
 from refdist.lab.requests import LoggedStore
 
@@ -179,7 +180,7 @@ def _post(
     """Make this rank's sends, by source, destination and object; then receive, by rank and source.
 
     Returns:
-        What each call returned, and the calls of the store that it made.
+        The value that each call returned, and the calls of the store that it made.
     """
     own, box, log = _Here.number, _Here.mailbox, _Here.store.log
     calls = [partial(box.send, obj, other) for source, other, obj in sends if source == own]
@@ -368,17 +369,8 @@ def a_list_of_a_rank(snapshot: Snapshot) -> bool:
     )
 
 
-def nobody_raises(snapshot: Snapshot) -> bool:
-    """No rank raises an error."""
-    errors = [call.error for calls in snapshot.calls for call in calls.values() if call.error]
-    for error in errors:
-        if isinstance(error, UnsolvedError):
-            raise error
-    return not errors
-
-
 def _proposal(name: str, rank: int, world_size: int) -> list[int]:
-    """What a rank proposes: without the next rank, or without itself."""
+    """The list that a rank proposes: without the next rank, or without itself."""
     absent = rank if name == "second" else (rank + 1) % world_size
     return [other for other in range(world_size) if other != absent]
 
@@ -407,7 +399,7 @@ def check_agree(agree: _Agree) -> str:
     alone.set_timeout(timedelta(seconds=1))
     found = agree(alone, "alone", [0, 2])
     require(found == [0, 2], f"a rank alone proposed [0, 2] and got {found!r}; wanted: [0, 2]")
-    wanted = [nobody_raises, one_list, a_list_of_a_rank, nobody_waits_for_ever]
+    wanted = [no_call_raises, one_list, a_list_of_a_rank, nobody_waits_for_ever]
     schedules = []
     for world_size, names, properties in (
         (2, ("first", "second"), wanted),

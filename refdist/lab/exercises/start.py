@@ -22,7 +22,7 @@ COLOURS = ([7, 7, 7, 2], [7, 7, 7, 2], [3, 3, 3, 3], [0, 1, 2, 3], [70_000, 10**
 
 BACKWARDS = ([0, 1, 0, 1], [1, 0, 0, 1])  # where the last engine is rank 0
 PATIENCE_SECONDS = 10.0
-"""How long an answer may wait for a message. Twice as long, one call of it may take in all."""
+"""Seconds that an answer may wait for a message. In all, a call may take twice as long."""
 
 
 @dataclass

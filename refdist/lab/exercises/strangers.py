@@ -105,7 +105,7 @@ def check_attack(engines: Any, attack: Attack) -> str:
 
 
 def _why_no_pickle(error: Exception) -> str:
-    """What an error of pickle means for this attack. Other errors are raised again."""
+    """The meaning of an error of pickle for this attack. Other errors are raised again."""
     text = f"{type(error).__name__}: {error}"
     if not isinstance(error, pickle.PicklingError) and "pickle" not in text:
         raise error
@@ -253,7 +253,7 @@ def _pairs_around(separators: list[str]) -> Iterator[Pair]:
 
 
 def _constants(function: Tag) -> list[str]:
-    """What a tag may put between key and payload: separators, and the texts in its own code."""
+    """The texts that a tag may put between key and payload: separators, and those in its code."""
     found: list[Any] = [chr(number) * n for number in range(128) for n in (1, 2, 4, 8)]
     found += ["\0" * n for n in (3, 5, 16, 32)]
     found += _SEPARATORS
@@ -376,7 +376,7 @@ class _Watched(bytes):
 
 
 class Facts(NamedTuple):
-    """What a rank knows when it seals or opens a message.
+    """The facts that a rank knows when it seals or opens a message.
 
     Attributes:
         tokens: one for each rank, 32 random bytes that it made when this group formed. All ranks

@@ -1,4 +1,4 @@
-"""What a check needs to try an answer on an engine: the answer itself, and an end in time."""
+"""The tools of a check that tries an answer: the answer itself, and an end in time."""
 
 import os
 import signal
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from refdist.exploration import Snapshot
 from refdist.lab.exercises import UnsolvedError
 
 
 def defined_here(name: str) -> Any:
-    """What the learner has defined on this engine; a NameError if it is nothing."""
+    """The object that the learner has defined on this engine; a NameError if there is none."""
     try:
         return vars(sys.modules["__main__"])[name]
     except KeyError:
@@ -30,6 +31,15 @@ class LimitedStore:
         if self._left < 0:
             raise UnsolvedError("a rank asks the store again and again: let it wait in the store")
         return getattr(self._store, name)
+
+
+def no_call_raises(snapshot: Snapshot) -> bool:
+    """No call raises an error."""
+    errors = [call.error for calls in snapshot.calls for call in calls.values() if call.error]
+    for error in errors:
+        if isinstance(error, UnsolvedError):
+            raise error
+    return not errors
 
 
 class TooLateError(Exception):

@@ -12,7 +12,7 @@ _FILLS = ((SKY, "///"), (ORANGE, "..."), (GREEN, "xxx"))
 
 
 def memberships(ranks: Sequence[Mapping[str, int | None]], title: str = "") -> Figure:
-    """Which process is in which group, and as which rank: one column a process, one row a group.
+    """The groups of each process, and its rank in each: one column a process, one row a group.
 
     Args:
         ranks: for each process, its rank by the name of the group; None where it is not in it.

@@ -10,7 +10,7 @@ from refdist.lab.figures.style import BLUE, DPI, GREY, ORANGE, VERMILION, finish
 
 
 def attack_times(attempts: Mapping[str, Attempt]) -> Figure:
-    """How long each attacked call took, and what came of it.
+    """The time that each attacked call took, and its end.
 
     Args:
         attempts: the attacked call by the name of the attack, in order from above.
@@ -39,7 +39,7 @@ def attack_times(attempts: Mapping[str, Attempt]) -> Figure:
 
 
 def waits_of_hosts(attempts: Sequence[Attempt], hosts: Sequence[int], timeout: float) -> Figure:
-    """How long each rank waited in a barrier, and what it raised.
+    """The time that each rank waited in a barrier, and its error.
 
     Args:
         attempts: the barrier of each rank.
