@@ -1,6 +1,7 @@
 # make learn      set everything up, write your copies of the notebooks into learn/, and open them
 # make test       set everything up and check everything
 #                 TORCH=2.6.0: with another torch, in an environment of its own
+# make peers      fetch the part of vLLM's source that tests run against, into build/: seconds
 # make fuzz       let a stranger write 100,000 inputs into the stores of live groups: minutes
 # make nemesis    kill, stop and interrupt ranks at random for SECONDS=600, and check their logs
 # make notebooks  execute all notebooks and store them with their outputs
@@ -12,7 +13,7 @@ VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: learn test fuzz nemesis notebooks format clean
+.PHONY: learn test peers fuzz nemesis notebooks format clean
 
 learn: $(READY)
 	$(BIN)/python -m refdist.lab.learn notebooks learn
@@ -21,6 +22,9 @@ learn: $(READY)
 
 test: $(READY)
 	$(BIN)/python tests/check_all.py
+
+peers: $(READY)
+	$(BIN)/python tests/vllm_module.py
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py

@@ -65,12 +65,14 @@ from refdist.group import StatelessProcessGroup
 from refdist.phases import PhaseEvent
 from refdist.pipeline import get_pp_indices
 from refdist.polling import USE_SCHED_YIELD, sched_yield
+from refdist.store.cached import get_cached_tcp_store_client
 from refdist.store.listening import create_tcp_store
 from refdist.tensor_parallel import (
     divide,
     ensure_divisibility,
     is_weak_contiguous,
     split_tensor_along_last_dim,
+    verify_group_size_divides_partition,
 )
 from refdist.torch_groups.process_groups import (
     init_gloo_process_group,
@@ -102,6 +104,7 @@ __all__ = [
     "create_tcp_store",
     "divide",
     "ensure_divisibility",
+    "get_cached_tcp_store_client",
     "get_pp_indices",
     "init_gloo_process_group",
     "is_weak_contiguous",
@@ -109,4 +112,5 @@ __all__ = [
     "split_tensor_along_last_dim",
     "stateless_destroy_torch_distributed_process_group",
     "stateless_init_torch_distributed_process_group",
+    "verify_group_size_divides_partition",
 ]

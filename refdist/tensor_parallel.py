@@ -29,6 +29,39 @@ def divide(numerator: int, denominator: int) -> int:
     return numerator // denominator
 
 
+def verify_group_size_divides_partition(
+    input_size_per_partition: int,
+    group_size: int,
+    layer_name: str | None = None,
+    extra_suggestion: str = "",
+) -> None:
+    """Check that the part of a layer's input which a rank holds is whole quantisation groups.
+
+    Weights that are quantised in groups have one scale for each ``group_size`` inputs. A group
+    that lay on two ranks would have no scale of its own on either.
+
+    Args:
+        input_size_per_partition: inputs of the layer on each rank.
+        group_size: inputs per group; -1, one group for all of them, always divides.
+        layer_name: for the error.
+        extra_suggestion: for the error; continues "use a smaller tensor_parallel_size" as it is.
+
+    Raises:
+        ValueError: ``group_size`` does not divide ``input_size_per_partition``, or is 0.
+
+    Source: ``vllm.distributed.utils`` of vLLM 0.27 to 0.33.
+    """
+    if group_size == 0:
+        raise ValueError("group_size=0: a quantisation group must have at least one input")
+    if input_size_per_partition % group_size != 0:
+        layer = f" of layer {layer_name!r}" if layer_name else ""
+        raise ValueError(
+            f"input_size_per_partition={input_size_per_partition}{layer}: must be a multiple of "
+            f"group_size={group_size}, so that each rank holds whole quantisation groups; "
+            f"use a smaller tensor_parallel_size{extra_suggestion}"
+        )
+
+
 def split_tensor_along_last_dim(
     tensor: torch.Tensor,
     num_partitions: int,
@@ -61,16 +94,14 @@ def split_tensor_along_last_dim(
     return parts
 
 
-def is_weak_contiguous(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory is one block that a kernel may read from its first byte on.
+def is_weak_contiguous(inp: torch.Tensor) -> bool:
+    """Whether a tensor's memory is one block that a kernel may read from its first byte on.
 
     True for a contiguous tensor, and for one (a transpose, say) whose storage ends exactly
     ``numel`` elements after its first element, whatever the order of the dimensions.
     """
-    if tensor.is_contiguous():
+    if inp.is_contiguous():
         return True
-    bytes_to_end = (
-        tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
-    )
+    bytes_to_end = inp.untyped_storage().nbytes() - inp.storage_offset() * inp.element_size()
     # in the annotations of torch 2.15 a size may be a symbol
-    return bool(bytes_to_end == tensor.numel() * tensor.element_size())
+    return bool(bytes_to_end == inp.numel() * inp.element_size())
