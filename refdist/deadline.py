@@ -1,6 +1,7 @@
 """Deadlines, the slices that long waits are made of, and the exceptions that end a call early."""
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from refdist.checks import MOST_SECONDS, check_seconds, wait_of
@@ -38,6 +39,7 @@ class Deadline:
         whole: whether they are for a whole call, and not for each of its phases.
         cancelled: why the waits that end here are no longer wanted; None while they are.
         in_user_code: whether this process runs code of its user, which may be interrupted at once.
+        after_slice: is called when a slice of a wait has passed in vain; it may raise.
 
     Raises:
         ValueError: ``allowed`` is no finite number of seconds, or is below 0.
@@ -53,6 +55,7 @@ class Deadline:
         self.whole = whole
         self.cancelled: str | None = None
         self.in_user_code = False
+        self.after_slice: Callable[[], object] | None = None
         self._start = time.monotonic()
 
     def elapsed(self) -> float:

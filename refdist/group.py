@@ -4,39 +4,31 @@ import os
 import socket as sockets
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import partial
 from typing import Any
 
 from torch.distributed import Store, TCPStore
 
-from refdist.barrier import barrier_of
-from refdist.calls import Calls
 from refdist.checks import check_integer, check_rank, check_seconds
 from refdist.deadline import Deadline
-from refdist.errors import (
-    BarrierError,
-    ConcurrentCallError,
-    MessageTimeoutError,
-    StoreConnectionError,
-)
+from refdist.errors import BarrierError, MessageTimeoutError
 from refdist.joining.launched import find_place
 from refdist.joining.leaving import Leaving
-from refdist.joining.realigning import advise, realign
+from refdist.joining.realigning import Realigning
 from refdist.joining.rendezvous import Joined, form
-from refdist.objects.encoding import Encoded, encode
-from refdist.objects.gathering import gather, try_to_encode, usable
-from refdist.objects.mailbox import Convert, Mailbox
+from refdist.joining.wires import wire_of
+from refdist.objects.gathering import try_to_encode, usable
+from refdist.objects.loading import loads_of
+from refdist.objects.mailbox import Convert
 from refdist.objects.tensors import TensorMethods
 from refdist.phases import PhaseEvent, recorded
-from refdist.store.client import StoreClient
 from refdist.store.seals import secret_from
 from refdist.torch_versions import tcp_store_of
 
 
 @dataclass(eq=False)
-class StatelessProcessGroup(Leaving, TensorMethods):
+class StatelessProcessGroup(Leaving, Realigning, TensorMethods):
     """A store, and the rank and world size of this process in the group that shares it.
 
     It carries metadata between processes: objects and small CPU tensors. For the data plane,
@@ -46,7 +38,8 @@ class StatelessProcessGroup(Leaving, TensorMethods):
     those built on them) in the same order. A group is for one thread at a time. Every method ends
     in time, and can be interrupted (SIGINT); ``refdist.calls`` says what holds then. Objects travel
     as pickles, so a process that can forge one can run code on every rank: give a ``secret`` to
-    ``create``, or trust the network; ``refdist.store.seals`` says what a secret does not do.
+    ``create``, or trust the network; ``refdist.store.seals`` says what a secret does not do. Or
+    take ``messages="plain"``, if plain data and tensors are enough.
 
     Attributes:
         rank: this process, 0 to ``world_size - 1``.
@@ -60,6 +53,7 @@ class StatelessProcessGroup(Leaving, TensorMethods):
         broadcast_recv_src_counter: broadcasts received, for each source.
         entries: keys of what this rank has sent, read or not, and times (monotonic), oldest first.
         events: set it to a list, and each phase of each barrier is appended as a PhaseEvent.
+        messages: what may come, ``"pickle"`` or ``"plain"``: see ``create``.
 
     Source: the specification of ``vllm.distributed.utils``.
     """
@@ -76,6 +70,7 @@ class StatelessProcessGroup(Leaving, TensorMethods):
     entries: deque[tuple[str, float]] = field(default_factory=deque, repr=False)
     _: KW_ONLY
     events: list[PhaseEvent] | None = field(default=None, repr=False)
+    messages: str = "pickle"
     joined: InitVar[Joined | None] = None
 
     def __post_init__(self, joined: Joined | None) -> None:
@@ -86,14 +81,10 @@ class StatelessProcessGroup(Leaving, TensorMethods):
         for counter in counters:
             for rank in range(self.world_size):
                 counter.setdefault(rank, 0)
-        if joined is None:
-            client = StoreClient(self.store)
-            self._barrier = barrier_of(client, self.rank, self.world_size)
-            self._calls = Calls(self.rank, client)
-        else:
-            self._barrier, self._calls = joined.barrier, joined.calls
-        seconds, kept = self.data_expiration_seconds, self._calls.kept
-        self._mailbox = Mailbox(self._barrier, seconds, self.entries, *counters, kept)
+        loads = loads_of(self.messages)
+        joined = joined or Joined.over(self.store, self.rank, self.world_size)
+        self._wire, self._barrier, self._calls = joined.wire, joined.barrier, joined.calls
+        self._mailbox = self._wire.mailbox(self._barrier, self, self._calls.kept, loads)
 
     @staticmethod
     def create(
@@ -106,6 +97,8 @@ class StatelessProcessGroup(Leaving, TensorMethods):
         listen_socket: sockets.socket | None = None,
         *,
         secret: bytes | str | None = None,
+        wire: str | None = None,
+        messages: str | None = None,
     ) -> "StatelessProcessGroup":
         """Form a group with the other processes that call this with the same host and port.
 
@@ -125,24 +118,32 @@ class StatelessProcessGroup(Leaving, TensorMethods):
             secret: the same on all ranks, as of ``secrets.token_hex()``; None for REFDIST_SECRET of
                 the environment. Without one, rank 0 warns (InsecureGroupWarning) unless it listens
                 on a loopback address.
+            wire: ``"vllm"`` if some ranks are of vLLM's own class. ``refdist.vllm_wire`` says what
+                its protocol does not have; it takes no secret. Else None.
+            messages: ``"pickle"``, or ``"plain"`` to unpickle nothing but plain data and CPU
+                tensors (``refdist.objects.plain_data``); the default with ``wire="vllm"``.
 
         Raises:
             ValueError: an argument is out of its range, the rank is taken, or rank 0 was given
                 another world size.
             OSError: the host does not resolve, or on rank 0, cannot be listened on.
             GroupCreationError: a rank did not come in time; the text says how many came. Or at
-                once: this rank has another secret than rank 0, or only one of them has one.
+                once: this rank has another secret than rank 0, or only one of them has one. Or
+                within seconds: another rank has another ``wire``.
             StoreConnectionError: no store answered in time.
         """
         _check_expiration(data_expiration_seconds)
         seconds = check_seconds("store_timeout", store_timeout)
         if seconds <= 0:
             raise ValueError(f"store_timeout={store_timeout}: must be above 0 seconds")
-        known, secret = secret_from(secret), None  # no traceback shows it
-        joined = form(host, port, rank, world_size, seconds, listen_socket, known)
+        messages = messages or ("pickle" if wire is None else "plain")
+        loads_of(messages)  # raises before ranks are waited for
+        known, secret = secret_from(secret, wire), None  # no traceback shows it
+        protocol = wire_of(wire)
+        joined = form(host, port, rank, world_size, seconds, listen_socket, known, protocol)
         group = StatelessProcessGroup(
             joined.barrier.rank, joined.barrier.world_size, joined.client.store, joined.listener,
-            data_expiration_seconds, joined=joined,
+            data_expiration_seconds, messages=messages, joined=joined,
         )  # fmt: skip
         joined.hand_over(group, host, warn=known is None)
         return group
@@ -163,7 +164,7 @@ class StatelessProcessGroup(Leaving, TensorMethods):
         need a port each. Raises as ``create``, and ValueError if the variables do not tell all.
         """
         place = find_place(os.environ, host, port, rank, world_size)
-        options["secret"] = secret_from(options.pop("secret", None))
+        options["secret"] = secret_from(options.pop("secret", None), options.get("wire"))
         try:
             return StatelessProcessGroup.create(
                 place.host, place.port, place.rank, place.world_size, **options
@@ -175,7 +176,7 @@ class StatelessProcessGroup(Leaving, TensorMethods):
     @property
     def generation(self) -> int:
         """The number of barriers and gathers that took place or broke, that of ``create`` first."""
-        return self._barrier.generation
+        return int(self._barrier.generation)
 
     @property
     def host(self) -> str:
@@ -209,16 +210,6 @@ class StatelessProcessGroup(Leaving, TensorMethods):
             self._advise(error)
             raise
 
-    def realign(self, timeout: float = 30.0) -> None:
-        """Bring ranks into step that have made different numbers of collective calls.
-
-        All ranks call it. It is a barrier, with one timeout for all phases, that goes past those
-        that have broken without this rank. Ranks get out of step if one of them alone makes a call,
-        and that times out. An interrupt does no such thing. Raises as ``barrier``.
-        """
-        deadline = Deadline(timeout, whole=True)
-        self._calls.run("realign", deadline, self._recorded(realign), self._barrier, deadline)
-
     def send_obj(self, obj: Any, dst: int) -> None:
         """Send an object to rank ``dst``. Does not wait for it to be received.
 
@@ -226,9 +217,12 @@ class StatelessProcessGroup(Leaving, TensorMethods):
             ValueError: ``dst`` is outside the group, or this rank; or the object takes over 4 GiB.
             Exception: of pickle, for an object that cannot be pickled. Nothing was sent.
         """
-        dst = self._check_peer("dst", dst)
-        encoded, deadline = encode(obj), self._deadline("send_obj")
-        self._calls.run("send_obj", deadline, self._mailbox.send, encoded, dst, deadline)
+        self._send(obj, dst)
+
+    def _send(self, obj: Any, dst: int, tensor: bool = False) -> None:
+        dst, send = self._check_peer("dst", dst), self._mailbox.send
+        encoded, deadline = self._wire.encode(obj), self._deadline("send_obj")
+        self._calls.run("send_obj", deadline, send, encoded, dst, deadline, tensor)
 
     def recv_obj(self, src: int, timeout: float | None = None) -> Any:
         """Receive the next object from rank ``src``, in the order in which it sent them.
@@ -262,15 +256,19 @@ class StatelessProcessGroup(Leaving, TensorMethods):
         src = check_rank(src, self.world_size, "src")
         if src != self.rank:
             return self._receive_broadcast(src, timeout, None)
-        deadline = self._deadline("broadcast_obj", timeout)
-        if self.world_size > 1:
-            self._calls.run("broadcast_obj", deadline, self._send_broadcast, encode(obj), deadline)
+        self._send_broadcast(obj, timeout)
         return obj
 
-    def _send_broadcast(self, encoded: Encoded, deadline: Deadline) -> None:
-        number = self.broadcast_send_counter
-        self.broadcast_send_counter += 1
-        self._mailbox.broadcast(encoded, number, deadline)
+    def _send_broadcast(self, obj: Any, timeout: float | None, tensor: bool = False) -> None:
+        def send() -> None:
+            number = self.broadcast_send_counter
+            self.broadcast_send_counter += 1
+            self._mailbox.broadcast(encoded, number, deadline, tensor)
+
+        deadline = self._deadline("broadcast_obj", timeout)
+        if self.world_size > 1:
+            encoded = self._wire.encode(obj)
+            self._calls.run("broadcast_obj", deadline, send)
 
     def _receive_broadcast(self, src: int, timeout: float | None, convert: Convert | None) -> Any:
         deadline, name = self._deadline("broadcast_obj", timeout), ("broadcast", src)
@@ -296,7 +294,8 @@ class StatelessProcessGroup(Leaving, TensorMethods):
                 get a MessageError.
         """
         deadline = self._deadline("all_gather_obj", timeout)
-        encoded, function = try_to_encode(obj), self._recorded(gather)
+        encoded = try_to_encode(self._wire.encode, obj)
+        function = self._recorded(self._wire.gather)
         barrier, mailbox = self._barrier, self._mailbox
         try:
             found = self._calls.run(
@@ -338,11 +337,6 @@ class StatelessProcessGroup(Leaving, TensorMethods):
         if self.events is None:
             return function
         return partial(recorded, self._barrier, self.events.append, function)
-
-    def _advise(self, error: BarrierError) -> None:
-        """Tell a rank that came late which ranks have gone on without it."""
-        with suppress(BarrierError, ConcurrentCallError, StoreConnectionError, ValueError):
-            self._calls.run("barrier", Deadline(0), advise, self._barrier, error)
 
 
 def _check_expiration(seconds: int) -> None:

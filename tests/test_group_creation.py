@@ -620,7 +620,7 @@ def test_fields_of_the_specification():
     }
     names = [field.name for field in dataclasses.fields(StatelessProcessGroup)]
     assert names[: len(expected)] == list(expected)
-    assert names[len(expected) :] == ["events"]
+    assert names[len(expected) :] == ["events", "messages"]
     store = HashStore()
     group = StatelessProcessGroup(1, 2, store, None)
     for name, value in (expected | {"store": store}).items():

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch.distributed import DistError, Store
 
@@ -14,7 +15,6 @@ from refdist.errors import BarrierError, ConcurrentCallError, StoreConnectionErr
 from refdist.joining.membership import GONE
 from refdist.joining.realigning import break_off
 from refdist.store import keys
-from refdist.store.client import StoreClient
 
 _GRACE_SECONDS = 1.0
 
@@ -23,7 +23,8 @@ class Leaving:
     """The methods of a group with which a rank leaves it; also at the end of a ``with`` block."""
 
     store: Store
-    _barrier: Barrier
+    _barrier: Any
+    _wire: Any
     _calls: Calls
     # a socket that was passed in stays its owner's
     _release_socket: Callable[[], object] | None = None
@@ -45,14 +46,8 @@ class Leaving:
 
     def _close(self, timeout: float, reason: str | None) -> None:
         """Leave. With a reason, the others learn it if they wait in a barrier."""
-
-        def go(deadline: Deadline) -> None:
-            if reason is not None:
-                break_off(self._barrier, reason)
-            _leave(self._barrier.store, self._barrier.rank, self._barrier.world_size, deadline)
-
         try:
-            self._calls.close("close", timeout, go)
+            self._calls.close("close", timeout, partial(self._wire.leave, self._barrier, reason))
         finally:
             if self._calls.closed:
                 self.end()
@@ -83,13 +78,18 @@ class Leaving:
             self._close(_GRACE_SECONDS, f"it left the group because of {kind.__name__}")
 
 
-def _leave(store: StoreClient, rank: int, world_size: int, deadline: Deadline) -> None:
+def leave(barrier: Barrier, reason: str | None, deadline: Deadline) -> None:
     """Say that this rank uses the store no more; rank 0 waits until all others have said so.
+
+    With a reason, the others learn it if they wait in a barrier.
 
     Raises:
         BarrierError: on rank 0, when a rank did not say so in time. Where no time at all is
             allowed, it neither waits nor raises.
     """
+    if reason is not None:
+        break_off(barrier, reason)
+    store, rank, world_size = barrier.store, barrier.rank, barrier.world_size
     if rank != 0:
         # where the store is gone already, nobody waits for this
         with suppress(DistError):

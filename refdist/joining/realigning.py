@@ -1,9 +1,46 @@
 """How ranks that have made different numbers of calls come together again."""
 
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
 from refdist.barrier.plain import Barrier
 from refdist.barrier.roll import AGAIN, COMPLETE, Try
 from refdist.deadline import Deadline
-from refdist.errors import BarrierError, name_ranks, outcome_of
+from refdist.errors import (
+    BarrierError,
+    ConcurrentCallError,
+    StoreConnectionError,
+    name_ranks,
+    outcome_of,
+)
+
+
+class Realigning:
+    """The methods of a group for ranks that are out of step."""
+
+    _barrier: Any
+    _calls: Any
+    _wire: Any
+    _recorded: Callable[..., Any]
+
+    def realign(self, timeout: float = 30.0) -> None:
+        """Bring ranks into step that have made different numbers of collective calls.
+
+        All ranks call it. It is a barrier, with one timeout for all phases, that goes past those
+        that have broken without this rank. Ranks get out of step if one of them alone makes a call,
+        and that times out. An interrupt does no such thing. Raises as ``barrier``; with
+        ``wire="vllm"``, a ValueError.
+        """
+        if self._wire.realign is None:
+            raise ValueError("realign: vLLM's protocol has nothing that brings ranks into step")
+        deadline, function = Deadline(timeout, whole=True), self._recorded(self._wire.realign)
+        self._calls.run("realign", deadline, function, self._barrier, deadline)
+
+    def _advise(self, error: BarrierError) -> None:
+        """Tell a rank that came late which ranks have gone on without it."""
+        with suppress(BarrierError, ConcurrentCallError, StoreConnectionError, ValueError):
+            self._calls.run("barrier", Deadline(0), advise, self._barrier, error)
 
 
 def realign(barrier: Barrier, deadline: Deadline) -> None:

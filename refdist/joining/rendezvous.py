@@ -13,9 +13,10 @@ import time
 import weakref
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Self
 
-from torch.distributed import DistError
+from torch.distributed import DistError, Store
 
 from refdist.barrier import barrier_of
 from refdist.barrier.plain import Barrier
@@ -32,11 +33,14 @@ from refdist.errors import (
 )
 from refdist.joining.membership import LeftoverStoreError, Membership, refused
 from refdist.joining.realigning import break_off
+from refdist.joining.wires import OWN, VLLM, Wire
 from refdist.store import keys
 from refdist.store.client import StoreClient
 from refdist.store.listening import close_quietly, connect, listen, serve
 from refdist.store.seals import Seals, warn_without_secret
 from refdist.torch_versions import tcp_store_of
+from refdist.vllm_wire.barrier import Barrier as VllmBarrier
+from refdist.vllm_wire.meeting import open_store
 
 _GRACE_SECONDS = 1.0
 _RETRY_SECONDS = 0.05
@@ -47,18 +51,27 @@ class Joined(NamedTuple):
     """The parts of a group that has formed.
 
     Attributes:
+        wire: its protocol.
         client: of its store.
-        barrier: its barriers, the first of them passed.
+        barrier: its barriers; in refdist's own protocol, the first of them passed.
         calls: its calls.
         listener: on rank 0, the socket that its store listens on.
         own_listener: whether ``listener`` was opened here.
     """
 
+    wire: Wire
     client: StoreClient
-    barrier: Barrier
+    barrier: Any
     calls: Calls
     listener: socket.socket | None
     own_listener: bool
+
+    @classmethod
+    def over(cls, store: Store, rank: int, world_size: int) -> Self:
+        """The parts of a group whose ranks have a store already."""
+        client = StoreClient(store)
+        barrier = barrier_of(client, rank, world_size)
+        return cls(OWN, client, barrier, Calls(rank, client), None, False)
 
     def remember(self, group: Any, host: str) -> None:
         """Remember the group by host, as the user gave it, port and rank.
@@ -96,6 +109,7 @@ def form(
     timeout: float,
     listen_socket: socket.socket | None = None,
     secret: bytes | None = None,
+    wire: Wire = OWN,
 ) -> Joined:
     """Open the store on rank 0, connect to it on the others, and wait until all ranks have.
 
@@ -104,7 +118,7 @@ def form(
             world size, or this process is this rank already, in a group that cannot be ended.
         OSError: the host does not resolve, or on rank 0, cannot be listened on.
         GroupCreationError: a rank did not come within ``timeout`` seconds; or at once, on another
-            rank than 0 which has another secret.
+            rank than 0 which has another secret; or soon, because a rank speaks another protocol.
         StoreConnectionError: no store answered in time.
     """
     check_rank(rank, world_size)
@@ -118,10 +132,13 @@ def form(
     deadline = Deadline(timeout, whole=True)
     calls = Calls(rank)
 
-    def attempts() -> Barrier:
+    def attempts() -> Any:
         while True:
             calls.client = None
             try:
+                if wire is VLLM:
+                    calls.client = open_store(host, port, rank, world_size, deadline, listener)
+                    return VllmBarrier(calls.client, rank, world_size)
                 calls.client = _open(host, port, rank, deadline, listener)
                 return join(calls.client, rank, world_size, deadline, where, secret)
             except (StoreConnectionError, LeftoverStoreError) as error:
@@ -142,7 +159,7 @@ def form(
         close_quietly(own)  # the port is free again
         raise
     assert calls.client is not None
-    return Joined(calls.client, barrier, calls, listener, own is not None)
+    return Joined(wire, calls.client, barrier, calls, listener, own is not None)
 
 
 def _end_the_one_before(host: str, port: int, rank: int) -> None:
@@ -189,6 +206,7 @@ def join(
     secret: bytes | None = None,
 ) -> Barrier:
     """Take a rank on an open store, and meet the other ranks in the first barrier. See ``form``."""
+    deadline.after_slice = partial(_check_keys, store, rank, world_size, where)
     try:
         rank_0 = Membership(store, rank, world_size, where, secret).register(deadline)
         barrier = barrier_of(store, rank, world_size)
@@ -221,6 +239,21 @@ def join(
         ) from error
     except DistError as error:
         raise StoreConnectionError(f"the store on {where} ended: {error}") from error
+
+
+def _check_keys(store: StoreClient, rank: int, world_size: int, where: str) -> None:
+    """Raise GroupCreationError if a rank uses the store that speaks vLLM's protocol.
+
+    It writes nothing that shows, but torch counts it under a key that it hides. Rank 0 knows all
+    others, and these know that a rank 0 of refdist writes about itself before anything else.
+    """
+    count = store.num_keys()
+    known = keys.of_creation(world_size) if rank == 0 else [keys.member(0)]
+    there = sum(store.check([key]) for key in known)
+    if count > there if rank == 0 else count > 0 and not there:
+        raise GroupCreationError(
+            f'a peer at {where} speaks vLLM\'s protocol: pass wire="vllm", on all ranks of refdist'
+        )
 
 
 def _meet_in_secret(barrier: Barrier, deadline: Deadline, secret: bytes, rank_0: bytes) -> None:

@@ -12,7 +12,7 @@ more than 8 MiB at once.
 
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import Any
 
@@ -29,6 +29,10 @@ MAX_BYTES = 1 << 32
 _APART_BYTES = 64 * 2**10  # memory of this size and more stays out of the pickle
 OBJECT, _LARGE, _FAILED, _CHUNK = b"\x01", b"\x02", b"\x03", b"\x04"
 _LENGTH = struct.Struct("<Q")
+
+
+Loads = Callable[..., Any]
+"""Unpickles: called as ``pickle.loads(payload, buffers=...)``."""
 
 
 class Encoded:
@@ -106,21 +110,22 @@ def failure(reason: str) -> bytes:
 
 
 class Decoder:
-    """Puts an object together again: ``Decoder(key, value)``, ``add`` each chunk, ``decode``.
+    """Puts an object together again: ``Decoder(key, value)``, ``add`` each chunk, then ``decode``.
 
     Attributes:
         chunks: how many the object has; 0 for a small one.
+        payload: the pickle.
+        parts: the memory of its tensors, apart from it.
 
     Raises:
         MessageError: the value stands for no object.
     """
 
     def __init__(self, key: str, value: bytes) -> None:
-        self._key = key
         self._lengths: list[int] = []
-        self._parts: list[bytearray] = []
+        self.parts: list[bytearray] = []
         if value[:1] == OBJECT:
-            self._payload: memoryview | bytearray = memoryview(value)[1:]
+            self.payload: memoryview | bytearray = memoryview(value)[1:]
         else:
             self._lengths = _lengths_of(key, value)
         self._room: list[memoryview] | None = None  # that is still to be filled
@@ -141,10 +146,10 @@ class Decoder:
         if self._room is None:
             # only now: lengths alone are no reason to take gigabytes
             try:
-                self._payload, *self._parts = map(bytearray, self._lengths)
+                self.payload, *self.parts = map(bytearray, self._lengths)
             except MemoryError as error:
                 raise NoRoomError(f"no room for an object of {self._left} bytes") from error
-            self._room = [memoryview(part) for part in (self._payload, *self._parts) if part]
+            self._room = [memoryview(part) for part in (self.payload, *self.parts) if part]
         self._left -= len(chunk)
         while chunk:
             fits = min(len(self._room[0]), len(chunk))
@@ -153,29 +158,30 @@ class Decoder:
             if not self._room[0]:
                 del self._room[0]
 
-    def decode(self, deadline: Deadline) -> Any:
-        """The object.
 
-        Raises:
-            MessageError: it does not unpickle.
-            UserCodeError: what is unpickled raised something that is no Exception.
-            CancelledWaitError: the deadline was cancelled.
-        """
-        try:
-            # it may take long, to import what the object is made of, say
-            deadline.in_user_code = True
-            if deadline.cancelled is not None:
-                deadline.check()
-            return pickle.loads(self._payload, buffers=self._parts or None)
-        except BaseException as error:
-            deadline.in_user_code = False
-            deadline.check()  # an interrupt: the next call tries again
-            if not isinstance(error, Exception):
-                raise UserCodeError(error) from error
-            size = len(self._payload)
-            raise MessageError(f"{self._key}: {size} bytes do not unpickle: {error!r}") from error
-        finally:
-            deadline.in_user_code = False
+def decode(key: str, payload: Any, parts: list[bytearray], deadline: Deadline, loads: Loads) -> Any:
+    """The object that was put together: its pickle, and apart from it, the memory of tensors.
+
+    Raises:
+        MessageError: it does not unpickle.
+        UserCodeError: what is unpickled raised something that is no Exception.
+        CancelledWaitError: the deadline was cancelled.
+    """
+    try:
+        # it may take long, to import what the object is made of, say
+        deadline.in_user_code = True
+        if deadline.cancelled is not None:
+            deadline.check()
+        return loads(payload, buffers=parts or None)
+    except BaseException as error:
+        deadline.in_user_code = False
+        deadline.check()  # an interrupt: the next call tries again
+        if not isinstance(error, Exception):
+            raise UserCodeError(error) from error
+        why = str(error) if isinstance(error, MessageError) else repr(error)
+        raise MessageError(f"{key}: {len(payload)} bytes do not unpickle: {why}") from error
+    finally:
+        deadline.in_user_code = False
 
 
 def _lengths_of(key: str, value: bytes) -> list[int]:

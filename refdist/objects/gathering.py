@@ -5,13 +5,14 @@ chunks have keys of their own, which the ranks read after the barrier. Each rank
 when all have arrived at the next barrier, and so have read them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from refdist.barrier.plain import Barrier
 from refdist.deadline import Deadline
 from refdist.errors import MessageError, MessageTimeoutError
 from refdist.objects import encoding
-from refdist.objects.encoding import Decoder, Encoded
+from refdist.objects.encoding import Decoder, Encoded, decode
 from refdist.objects.mailbox import Mailbox
 from refdist.store import keys
 
@@ -56,18 +57,20 @@ def gather(
             barrier.leftovers.add(written)
         elif written:
             # interrupted before all were there: the next gather has this number again
-            for key in written:
-                barrier.store.delete_key(key)
+            for chunk in written:
+                barrier.store.delete_key(chunk)
     objects: list[Any] = []
     for source, value in enumerate(values):
         try:
             if source == rank:
                 objects.append(obj)
                 continue
-            decoder = Decoder(f"gather {number}: rank {source}", value)
+            key = f"gather {number}: rank {source}"
+            decoder = Decoder(key, value)
             if decoder.chunks:
                 mailbox.read_chunks(keys.gathered(source, number), decoder, deadline)
-            objects.append(decoder.decode(deadline))
+            payload, parts = decoder.payload, decoder.parts
+            objects.append(decode(key, payload, parts, deadline, mailbox.loads))
         except MessageTimeoutError as error:
             text = f"gather {number}: rank {rank} waited in vain for the rest from rank {source}"
             objects.append(Unusable(MessageTimeoutError(f"{text}: {error}", [source])))
@@ -76,15 +79,15 @@ def gather(
     return objects
 
 
-def try_to_encode(obj: Any) -> Encoded | Exception:
+def try_to_encode(encode: Callable[[Any], Any], obj: Any) -> Any:
     """An object, encoded, or the reason why it cannot be."""
     try:
-        return encoding.encode(obj)
+        return encode(obj)
     except Exception as error:
         return error
 
 
-def usable(found: list[Any | Unusable], encoded: Encoded | Exception) -> list[Any]:
+def usable(found: list[Any | Unusable], encoded: Any) -> list[Any]:
     """The objects of a gather; raises the error of one that could not be given or read."""
     error = encoded if isinstance(encoded, Exception) else None
     errors = [other.error for other in found if isinstance(other, Unusable)]

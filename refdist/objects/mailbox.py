@@ -24,7 +24,7 @@ from refdist.errors import (
     MessageTimeoutError,
 )
 from refdist.objects import encoding
-from refdist.objects.encoding import Decoder, Encoded
+from refdist.objects.encoding import Decoder, Encoded, Loads, decode
 from refdist.store import keys
 from refdist.store.keys import ObjectKeys
 
@@ -39,36 +39,28 @@ class Mailbox:
 
     Args:
         barrier: of the group, which has its store, rank, seals and generation.
-        seconds: how long an unread object stays.
-        entries: gets the key of each object that is sent, and the time (monotonic).
-        sent: numbers of messages, by destination.
-        received: numbers of messages, by source.
-        broadcasts: numbers of broadcasts received, by source.
+        group: has the counters, ``entries`` and ``data_expiration_seconds``.
         kept: gets each object that is received, by its source.
+        loads: unpickles it.
     """
 
-    def __init__(
-        self,
-        barrier: Barrier,
-        seconds: float,
-        entries: deque[tuple[str, float]],
-        sent: dict[int, int],
-        received: dict[int, int],
-        broadcasts: dict[int, int],
-        kept: dict[Any, Any],
-    ) -> None:
+    def __init__(self, barrier: Barrier, group: Any, kept: dict[Any, Any], loads: Loads) -> None:
         self._barrier, self._store, self._rank = barrier, barrier.store, barrier.rank
-        self._seconds = seconds
-        self._entries = entries
-        self._sent, self._received, self._broadcasts = sent, received, broadcasts
-        self._kept = kept
+        self._seconds = group.data_expiration_seconds
+        self._entries: deque[tuple[str, float]] = group.entries
+        self._sent: dict[int, int] = group.send_dst_counter
+        self._received: dict[int, int] = group.recv_src_counter
+        self._broadcasts: dict[int, int] = group.broadcast_recv_src_counter
+        self._kept, self.loads = kept, loads
         # of what was sent: keys, number of chunks, and whether it is a broadcast. Plain tuples of
         # plain values cost the garbage collector nothing, and there may be many.
         self._unread: dict[str, tuple[tuple[str, int, str], int, bool]] = {}
         self._ended_by_user = ""  # the key whose unpickling was ended once by no Exception
 
-    def send(self, encoded: Encoded, destination: int, deadline: Deadline) -> None:
-        """Send a message.
+    def send(
+        self, encoded: Encoded, destination: int, deadline: Deadline, tensor: bool = False
+    ) -> None:
+        """Send a message. Tensors are objects like others here, and not in vLLM's protocol.
 
         Raises:
             CancelledWaitError: the deadline was cancelled. The reader gets a MessageError.
@@ -77,7 +69,9 @@ class Mailbox:
         self._sent[destination] += 1
         self._send(its, encoded, deadline, False)
 
-    def broadcast(self, encoded: Encoded, number: int, deadline: Deadline) -> None:
+    def broadcast(
+        self, encoded: Encoded, number: int, deadline: Deadline, tensor: bool = False
+    ) -> None:
         """Send the broadcast with this number of this rank's. Raises as ``send``."""
         its = keys.broadcast(self._rank, number)
         leftovers = self._barrier.leftovers
@@ -110,7 +104,7 @@ class Mailbox:
         """
         name: Any = ("broadcast", source) if broadcast else source
         if name in self._kept:
-            return self._converted(name, convert)
+            return converted(self._kept, name, convert)
         its, end = keys.message(source, self._rank, self._received[source]), self._end_message
         if broadcast:
             its, end = keys.broadcast(source, self._broadcasts[source]), self._end_broadcast
@@ -119,7 +113,8 @@ class Mailbox:
             decoder = Decoder(its.own, self._wait_for(its.own, its, deadline))
             if decoder.chunks:
                 self.read_chunks(its, decoder, deadline)
-            self._kept[name] = decoder.decode(deadline)
+            payload, parts = decoder.payload, decoder.parts
+            self._kept[name] = decode(its.own, payload, parts, deadline, self.loads)
         except (MessageTimeoutError, CancelledWaitError, NoRoomError, UserCodeError) as error:
             ends = isinstance(error, UserCodeError) and self._ended_by_user == its.own
             if ends:
@@ -141,17 +136,7 @@ class Mailbox:
             end(its, source, 0 if decoder is None else decoder.chunks)
             raise
         end(its, source, decoder.chunks)
-        return self._kept[name] if convert is None else self._converted(name, convert)
-
-    def _converted(self, name: Any, convert: Convert | None) -> Any:
-        try:
-            return self._kept[name] if convert is None else convert(self._kept[name])
-        except MessageError:
-            del self._kept[name]
-            raise
-        except Exception as error:
-            # the tensor cannot be written; the next call may bring another one
-            raise UserCodeError(error) from error
+        return self._kept[name] if convert is None else converted(self._kept, name, convert)
 
     def _end_message(self, its: ObjectKeys, source: int, chunks: int) -> None:
         """A message is of no more use in the store."""
@@ -258,3 +243,20 @@ class Mailbox:
             return None if value is None else self._unseal(key, value)
         except AuthenticationError:
             return None
+
+
+def converted(kept: dict[Any, Any], name: Any, convert: Convert | None) -> Any:
+    """What is returned for an object that is kept under its name.
+
+    Raises:
+        MessageError: of ``convert``. The object is not kept.
+        UserCodeError: ``convert`` raised something else.
+    """
+    try:
+        return kept[name] if convert is None else convert(kept[name])
+    except MessageError:
+        del kept[name]
+        raise
+    except Exception as error:
+        # the tensor cannot be written; the next call may bring another one
+        raise UserCodeError(error) from error

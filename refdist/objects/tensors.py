@@ -94,15 +94,15 @@ class TensorMethods:
 
     rank: int
     world_size: int
-    send_obj: Callable[..., None]
-    broadcast_obj: Callable[..., Any]
     all_gather_obj: Callable[..., list[Any]]
+    _send: Callable[..., None]
     _receive: Callable[..., Any]
+    _send_broadcast: Callable[..., None]
     _receive_broadcast: Callable[..., Any]
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Send a small CPU tensor, of any shape and dtype, to rank ``dst``. See ``send_obj``."""
-        self.send_obj(own_copy(tensor), dst)
+        self._send(own_copy(tensor), dst, tensor=True)
 
     def recv(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Receive a tensor from rank ``src`` into ``tensor``, and return that. See ``recv_obj``.
@@ -122,7 +122,7 @@ class TensorMethods:
         others than ``src``, and is returned.
         """
         if self.rank == src:
-            self.broadcast_obj(own_copy(tensor), src)
+            self._send_broadcast(own_copy(tensor), None, tensor=True)
             return tensor
         check_cpu(tensor)
         src = check_rank(src, self.world_size, "src")

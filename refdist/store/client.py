@@ -132,6 +132,14 @@ class StoreClient:
             self._lose(error)
             raise
 
+    def num_keys(self) -> int:
+        """How many keys there are, also those that torch hides."""
+        try:
+            return int(self._store.num_keys())
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
+
     def peek(self, key: str) -> bytes | None:
         """The value of a key, for which no rank waits, or None where it does not exist.
 
@@ -207,6 +215,8 @@ class StoreClient:
                 getattr(self._store, request)(*arguments, deadline.slice())
                 return True
             except DistStoreError:
+                if deadline.after_slice is not None:
+                    deadline.after_slice()
                 left = deadline.remaining()
                 self.limit(left)
                 if once or left == 0:

@@ -90,6 +90,14 @@ def reason(epoch: int) -> str:
     return f"barrier/{epoch}/reason"
 
 
+def of_creation(world_size: int) -> list[str]:
+    """Every key that may be there before all ranks have joined."""
+    each = [of_rank(rank) for of_rank in (member, refused, told) for rank in range(world_size)]
+    # an interrupted rank ends the first try of the barrier, and breaks the second
+    tries = [key for number in (0, 1) for key in (*PlainKeys.of(number), *Slot.of(number, 0))]
+    return [*each, *tries, reason(0), reason(1), gone(), all_gone()]
+
+
 class ObjectKeys(NamedTuple):
     """The keys of one object.
 
@@ -136,3 +144,29 @@ def gathered(rank: int, generation: int) -> ObjectKeys:
     Written by the rank; deleted by it when all ranks have arrived at the next barrier or gather.
     """
     return ObjectKeys(f"gather/{rank}/{generation}", generation, f"gather/{rank}/expired")
+
+
+# The keys of vLLM's protocol, as its versions 0.9 to 0.33 write them.
+
+
+def vllm_message(destination: int, number: int, tensor: bool) -> str:
+    """A message to a rank. Written by the source; deleted by it when it expires.
+
+    The key does not name the source, so only one rank may send to each.
+    """
+    return f"{'send_tensor' if tensor else 'send_to'}/{destination}/{number}"
+
+
+def vllm_broadcast(source: int, number: int, tensor: bool) -> str:
+    """A broadcast, or a part of a gather. Written by the source; deleted by it when it expires."""
+    return f"{'broadcast_tensor' if tensor else 'broadcast_from'}/{source}/{number}"
+
+
+def vllm_arrival(barrier: str, rank: int) -> str:
+    """A rank has arrived at a barrier. Written by it; deleted by rank 0 when all have left."""
+    return f"arrival_{barrier}_{rank}"
+
+
+def vllm_departure(barrier: str, rank: int) -> str:
+    """A rank knows that all have arrived. Written by it; deleted by rank 0 when all have left."""
+    return f"departure_{barrier}_{rank}"

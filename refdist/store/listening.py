@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed import DistError, TCPStore
 
 from refdist import torch_versions
-from refdist.checks import MOST_SECONDS, check_integer
+from refdist.checks import check_integer
 from refdist.deadline import Deadline
 from refdist.errors import StoreConnectionError
 from refdist.store.client import ANSWER_SECONDS, quiet
@@ -96,8 +96,17 @@ def _listen(family: socket.AddressFamily, address: Any) -> socket.socket:
     return listener
 
 
-def serve(host: str, listener: socket.socket, timeout: timedelta, **kwargs: Any) -> TCPStore:
-    """A TCPStore that listens on a duplicate of a bound socket. See ``create_tcp_store``."""
+def serve(
+    host: str,
+    listener: socket.socket,
+    timeout: timedelta,
+    deadline: Deadline | None = None,
+    **kwargs: Any,
+) -> TCPStore:
+    """A TCPStore that listens on a duplicate of a bound socket. See ``create_tcp_store``.
+
+    ``deadline``, of ``timeout`` if it is given, may be cancelled; raises CancelledWaitError then.
+    """
     address, port = _numeric(listener.getsockname()), listener.getsockname()[1]
     if port == 0:
         raise ValueError("listen_socket: is not bound to a port")
@@ -111,11 +120,11 @@ def serve(host: str, listener: socket.socket, timeout: timedelta, **kwargs: Any)
             lambda: torch_versions.open_server(
                 descriptor, host_name=address, port=port, timeout=timeout, **kwargs
             ),
-            # with wait_for_workers, torch itself says what it waited for
-            Deadline(min(timeout.total_seconds() + 1, MOST_SECONDS)),
+            deadline or Deadline(timeout.total_seconds()),
             f"the store on {host}:{port}",
             "was opened here, but this process itself could not reach it; does a firewall close "
             "the port?",
+            grace=2.0,  # with wait_for_workers, torch itself says what it waited for, a second late
         )
     except (TypeError, NotImplementedError):
         # refused before the store took it
@@ -170,15 +179,19 @@ def _reach(host: str, port: int, deadline: Deadline) -> str:
 
 
 def _construct(
-    create: Callable[[], TCPStore], deadline: Deadline, where: str, silence: str
+    create: Callable[[], TCPStore],
+    deadline: Deadline,
+    where: str,
+    silence: str,
+    grace: float = 0.0,
 ) -> TCPStore:
     """Call a constructor that may block for ever on a peer that never answers. ``silence`` says so.
 
-    It runs in a thread of its own, so that this one gives up in time.
+    It runs in a thread of its own, so that this one gives up in time, ``grace`` seconds late.
     """
     result: list[TCPStore] = []
     failure: list[BaseException] = []
-    done = threading.Event()
+    done, given_up = threading.Event(), threading.Event()
 
     def run() -> None:
         try:
@@ -188,13 +201,20 @@ def _construct(
         except BaseException as error:
             failure.append(error)
         done.set()
+        if given_up.is_set():
+            result.clear()  # nobody wants this store
 
     threading.Thread(target=run, daemon=True, name="refdist-store").start()
-    while not done.wait(deadline.slice().total_seconds()):
-        if deadline.remaining() == 0:
-            raise StoreConnectionError(
-                f"{where} {silence} (waited {round(deadline.allowed, 2):g} s)"
-            )
+    try:
+        while not done.wait(deadline.slice().total_seconds()):
+            if deadline.elapsed() >= deadline.allowed + grace:
+                raise StoreConnectionError(
+                    f"{where} {silence} (waited {round(deadline.allowed, 2):g} s)"
+                )
+    except BaseException:
+        given_up.set()
+        result.clear()
+        raise
     if failure:
         if isinstance(failure[0], DistError):
             raise StoreConnectionError(f"{where}: {failure[0]}") from failure[0]

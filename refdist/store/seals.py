@@ -139,8 +139,10 @@ class Secret(bytes):
         return "Secret(...)"
 
 
-def secret_from(given: bytes | str | None) -> Secret | None:
+def secret_from(given: bytes | str | None, wire: str | None = None) -> Secret | None:
     """The secret that a user gave, or for None that of the environment, if there is one.
+
+    vLLM's protocol has no tags: for it, the environment does not matter.
 
     Warns (InsecureGroupWarning) of one that is shorter than ``SHORTEST``, without showing it.
 
@@ -148,6 +150,10 @@ def secret_from(given: bytes | str | None) -> Secret | None:
         ValueError: it is empty, or neither bytes nor text. The error does not show it.
     """
     name = "secret"
+    if wire is not None:
+        if given is not None:
+            raise ValueError(f"secret: cannot be used with wire={wire!r}, which has no tags")
+        return None
     if given is None:
         name, given = VARIABLE, os.environ.get(VARIABLE)
         if given is None:

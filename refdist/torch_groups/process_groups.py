@@ -10,6 +10,7 @@ from torch.distributed import Backend, PrefixStore, ProcessGroup, Store
 from refdist import torch_versions
 from refdist.checks import check_rank, check_timeout, wait_of
 from refdist.joining.rendezvous import form
+from refdist.joining.wires import wire_of
 from refdist.store.listening import close_quietly
 from refdist.torch_groups.backends import (
     address_towards,
@@ -98,6 +99,8 @@ def stateless_init_torch_distributed_process_group(
     return_store: Literal[False] = False,
     listen_socket: socket.socket | None = None,
     timeout: timedelta | None = None,
+    *,
+    wire: str | None = None,
 ) -> ProcessGroup: ...
 @overload
 def stateless_init_torch_distributed_process_group(
@@ -111,6 +114,7 @@ def stateless_init_torch_distributed_process_group(
     return_store: Literal[True],
     listen_socket: socket.socket | None = None,
     timeout: timedelta | None = None,
+    wire: str | None = None,
 ) -> tuple[ProcessGroup, Store]: ...
 def stateless_init_torch_distributed_process_group(
     host: str,
@@ -122,6 +126,8 @@ def stateless_init_torch_distributed_process_group(
     return_store: bool = False,
     listen_socket: socket.socket | None = None,
     timeout: timedelta | None = None,
+    *,
+    wire: str | None = None,
 ) -> ProcessGroup | tuple[ProcessGroup, Store]:
     """Form a torch group with the other processes that call this with the same host and port.
 
@@ -155,12 +161,14 @@ def stateless_init_torch_distributed_process_group(
             stays the caller's.
         timeout: timeout of the creation, and default of the collectives; None for torch's
             default, 30 minutes for gloo and 10 for NCCL.
+        wire: ``"vllm"`` if some ranks call vLLM's function of this name; else None.
 
     Raises:
         ValueError: an argument is out of its range, the backend is unknown or needs a GPU that
             is not there, the name or the rank is taken, or rank 0 was given another world size.
         OSError: the host does not resolve, or rank 0 cannot listen on it.
-        GroupCreationError, StoreConnectionError: a rank did not come in time.
+        GroupCreationError, StoreConnectionError: a rank did not come in time, or has another
+            ``wire``.
 
     Source: the specification of ``vllm.distributed.utils``.
     """
@@ -168,10 +176,11 @@ def stateless_init_torch_distributed_process_group(
     if group_name is not None and torch_versions.registered_group(group_name) is not None:
         raise ValueError(f"group_name={group_name!r}: is taken by another group of this process")
     seconds = check_timeout("timeout", default_timeout(name) if timeout is None else timeout)
-    joined = form(host, port, rank, world_size, seconds, listen_socket)
+    protocol = wire_of(wire)
+    joined = form(host, port, rank, world_size, seconds, listen_socket, wire=protocol)
     try:
         place = torch_versions.tcp_store_of(joined.client.store)
-        group_store = PrefixStore("group", place)
+        group_store = PrefixStore("group" if wire is None else _uri(host, place.port), place)
         address = address_towards(place.host, place.port)
         group = create_group(name, group_store, rank, world_size, wait_of(seconds), address)
     finally:
@@ -199,6 +208,11 @@ def stateless_destroy_torch_distributed_process_group(pg: ProcessGroup) -> None:
     finally:
         if torch_versions.registered_group(pg.group_name) is pg:
             c10d._unregister_process_group(pg.group_name)
+
+
+def _uri(host: str, port: int) -> str:
+    """The prefix of the keys of gloo in vLLM's protocol."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def _register(group: ProcessGroup, name: Any) -> None:
