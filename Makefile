@@ -2,7 +2,8 @@
 # make test       set everything up and check everything
 #                 TORCH=2.6.0: with another torch, in an environment of its own
 # make peers      fetch the part of vLLM's source that tests run against, into build/: seconds
-# make fuzz       let a stranger write 100,000 inputs into the stores of live groups: minutes
+# make fuzz       let a stranger write 100,000 inputs into the stores of live groups, and unpickle
+#                 1,000,000 hostile messages as plain data: minutes
 # make nemesis    kill, stop and interrupt ranks at random for SECONDS=600, and check their logs
 # make notebooks  execute all notebooks and store them with their outputs
 # make clean      remove what make installed and built; learn/ stays
@@ -28,6 +29,7 @@ peers: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py
+	$(BIN)/python tests/test_plain_data.py --inputs 1000000
 
 nemesis: $(READY)
 	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python tests/nemesis.py $(or $(SECONDS),600)

@@ -18,8 +18,8 @@ from refdist.joining.leaving import Leaving
 from refdist.joining.realigning import Realigning
 from refdist.joining.rendezvous import Joined, form
 from refdist.joining.wires import wire_of
+from refdist.objects.encoding import loads_of
 from refdist.objects.gathering import try_to_encode, usable
-from refdist.objects.loading import loads_of
 from refdist.objects.mailbox import Convert
 from refdist.objects.tensors import TensorMethods
 from refdist.phases import PhaseEvent, recorded

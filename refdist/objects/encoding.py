@@ -18,7 +18,9 @@ from typing import Any
 
 from refdist.deadline import Deadline, NoRoomError, UserCodeError
 from refdist.errors import MessageError
+from refdist.objects import plain_data
 from refdist.objects.storages import REDUCERS
+from refdist.objects.unique_id import Unpickler
 
 CHUNK_BYTES = 256 * 2**10
 """The most that is written under one key, besides a mark and a tag."""
@@ -102,6 +104,28 @@ def encode(obj: Any) -> Encoded:
             f"stateless_init_torch_distributed_process_group"
         )
     return Encoded(parts, obj)
+
+
+def _anything(payload: Any, buffers: Any = None) -> Any:
+    """As ``pickle.loads``: it runs what a message names. An id of vLLM's needs no vLLM."""
+    try:
+        return pickle.loads(payload, buffers=buffers)
+    except ModuleNotFoundError:
+        return Unpickler(BytesIO(payload), buffers=buffers).load()
+
+
+_LOADS: dict[str, Loads] = {"pickle": _anything, "plain": plain_data.loads}
+
+
+def loads_of(messages: str) -> Loads:
+    """What unpickles the messages of a group.
+
+    Raises:
+        ValueError: it is neither ``"pickle"`` nor ``"plain"``.
+    """
+    if messages not in _LOADS:
+        raise ValueError(f"messages={messages!r}: must be 'pickle' or 'plain'")
+    return _LOADS[messages]
 
 
 def failure(reason: str) -> bytes:
