@@ -16,8 +16,10 @@ joining
     How ranks find each other, come together again, and leave.
 group, errors, phases
     ``StatelessProcessGroup``, which hands on to all of these; what it raises, and records.
-torch_groups, pipeline
-    Groups of gloo and NCCL; how layers fall on pipeline stages.
+vllm_wire
+    vLLM's own protocol, for groups with its ranks: messages, gather and barrier in 350 lines.
+torch_groups, nccl, weights, pipeline
+    Groups of gloo and NCCL; NCCL itself; how a model's weights travel; how layers fall on stages.
 exploration, benchmarks, lab
     Every schedule of a protocol; what it costs; engines and figures for notebooks.
 

@@ -29,6 +29,7 @@ from refdist.benchmarks.small import SIZES as SMALL_SIZES
 from refdist.benchmarks.small import WORLD_SIZES as SMALL_WORLD_SIZES
 from refdist.benchmarks.small import time_small_sums
 from refdist.benchmarks.ways import WAYS
+from refdist.benchmarks.weights import LAYERS, VOCABULARY, time_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_allreduce(benchmarks)
     _add_cpu_allreduce(benchmarks)
     _add_secret(benchmarks)
+    _add_weights(benchmarks)
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: must be at least 1")
@@ -90,6 +92,45 @@ def _add_secret(benchmarks: Any) -> None:
     secret.add_argument("--repeats", type=int, default=25)
     secret.add_argument("--json", action="store_true", help="one JSON object a line")
     secret.set_defaults(run=_secret)
+
+
+def _add_weights(benchmarks: Any) -> None:
+    weights = benchmarks.add_parser(
+        "weights", help="weights of a model over gloo, beside a bare broadcast of as many bytes"
+    )
+    weights.add_argument("--world-size", type=int, default=2, help="number of ranks to start")
+    weights.add_argument("--buffer-mib", type=int, nargs="+", default=[1024, 64])
+    weights.add_argument("--layers", type=int, default=LAYERS, help="of Qwen2.5-0.5B")
+    weights.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of Qwen2.5-0.5B")
+    weights.add_argument("--repeats", type=int, default=9)
+    weights.add_argument("--json", action="store_true", help="one JSON object a line")
+    weights.set_defaults(run=_weights)
+
+
+def _weights(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    least = {"world_size": 2, "buffer_mib": 1, "layers": 0, "vocabulary": 1}
+    for name, value in least.items():
+        given = getattr(options, name)
+        smallest = min(given) if isinstance(given, list) else given
+        if smallest < value:
+            parser.error(f"--{name.replace('_', '-')} {smallest}: must be at least {value}")
+    machine = describe_machine()
+    if not options.json:
+        print(", ".join(f"{name} {value}" for name, value in machine.items()))
+        print(f"{'buffer':>8}  {'way':12} {'time (ms)':>10} {'GB/s':>6} {'bare time / time':>17}")
+    for mib in options.buffer_mib:
+        timings = time_weights(
+            options.world_size, mib * 2**20, options.repeats, options.layers, options.vocabulary
+        )
+        for timing in timings:
+            if options.json:
+                print(json.dumps({"benchmark": "weights"} | asdict(timing) | machine))
+                continue
+            print(
+                f"{mib:4} MiB  {timing.way:12} {timing.seconds * 1e3:10.1f} "
+                f"{timing.bytes_per_second / 1e9:6.2f} {timing.ratio:17.2f}",
+                flush=True,
+            )
 
 
 def _secret(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
