@@ -296,10 +296,9 @@ class StatelessProcessGroup(Leaving, Realigning, TensorMethods):
         deadline = self._deadline("all_gather_obj", timeout)
         encoded = try_to_encode(self._wire.encode, obj)
         function = self._recorded(self._wire.gather)
-        barrier, mailbox = self._barrier, self._mailbox
         try:
             found = self._calls.run(
-                "all_gather_obj", deadline, function, barrier, mailbox, obj, encoded, deadline
+                "all_gather_obj", deadline, function, self._mailbox, obj, encoded, deadline
             )
         except BarrierError as error:
             self._advise(error)

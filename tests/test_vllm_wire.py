@@ -1,7 +1,9 @@
 """Groups in vLLM's protocol, in which some ranks run vLLM's own class."""
 
 import os
+import pickle
 import re
+import signal
 import socket
 import threading
 import time
@@ -13,13 +15,14 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import LOCAL, RankFailedError, interrupt, run_ranks, run_threads, until
+from ranks import LOCAL, RankFailedError, interrupt, run_ranks, run_threads, until, until_signed
 from torch.distributed import PrefixStore, TCPStore
 from vllm_module import NEWEST, each_version, import_vllm, needs_vllm
 
 from refdist import (
     BarrierError,
     GroupCreationError,
+    InsecureGroupWarning,
     MessageError,
     MessageTimeoutError,
     StatelessProcessGroup,
@@ -29,6 +32,7 @@ from refdist import (
 )
 from refdist.objects.unique_id import NcclUniqueId
 from refdist.torch_groups import collectives
+from refdist.vllm_wire.messages import encode
 
 OURS, THEIRS = "ours", "theirs"
 SECONDS = 20
@@ -75,7 +79,7 @@ def keys_of(store):
 # counters are the same, and so are the keys that are left.
 
 
-def _every_method(here, layout, version):
+def _every_method(here, layout, version, deleting=()):
     group, rank, size = group_of(here, layout, version), here.rank, here.world_size
     seen = []
     for number in range(3):  # around a ring: one sender for each receiver
@@ -109,6 +113,9 @@ def _every_method(here, layout, version):
     ]
     here.meet("done")
     keys = keys_of(group.store) if rank == 0 and hasattr(group.store, "list_keys") else []
+    # a rank of refdist deletes the messages that it has read
+    read = tuple(f"{kind}/{r}/" for kind in ("send_to", "send_tensor") for r in deleting)
+    keys = [key for key in keys if not key.startswith(read)]
     here.meet("looked")
     return seen, counters, keys, [key for key, _ in group.entries]
 
@@ -123,7 +130,8 @@ CASES = [
 
 @pytest.mark.parametrize(("version", "layout"), CASES)
 def test_every_method_in_every_layout(version, layout):
-    alone = run_ranks(_every_method, len(layout), (THEIRS,) * len(layout), version)
+    ours = [rank for rank, kind in enumerate(layout) if kind == OURS]
+    alone = run_ranks(_every_method, len(layout), (THEIRS,) * len(layout), version, ours)
     mixed = run_ranks(_every_method, len(layout), layout, version)
     assert repr(mixed) == repr(alone)  # tensors of floats print all their digits here
 
@@ -183,7 +191,7 @@ def _meet_the_other(here, wires, version):
 def test_our_rank_0_meets_a_rank_of_vllm(version):
     ours, _ = run_ranks(_meet_the_other, 2, (None, THEIRS), version)
     says = r"a peer at 127.0.0.1:\d+ speaks vLLM's protocol: pass wire=\"vllm\", on all ranks of "
-    assert re.fullmatch(says + "refdist", ours)
+    assert re.match(says + "refdist", ours)
 
 
 def _meet_rank_0_of_vllm(here, version):
@@ -226,6 +234,45 @@ def _finds_our_own(here):
 
 def test_a_rank_for_vllm_finds_our_own_rank_0():
     run_ranks(_finds_our_own, 2)
+
+
+def _three_meet(here):
+    with place(here) as port:
+        if here.rank == 1:
+            import_vllm(NEWEST).StatelessProcessGroup.create(LOCAL, port, 1, 3)
+            here.meet("over")
+            return "created"
+        with pytest.raises(GroupCreationError, match="speaks vLLM's protocol: pass") as caught:
+            StatelessProcessGroup.create(LOCAL, port, here.rank, 3)
+        here.meet("over")
+        return caught.value.missing
+
+
+@needs_vllm(NEWEST)
+def test_every_rank_of_refdist_learns_why():
+    assert run_ranks(_three_meet, 3) == [(), "created", (1,)]
+
+
+def _slow_to_leave(here):
+    """Rank 2 is stopped as it leaves creation, while rank 1 sends: it is no other protocol."""
+    with here.place("slow") as (port, listener):
+        if here.rank == 2:
+            here.tell("pid", os.getpid())
+        if here.rank == 1:
+            os.kill(pid := here.ask("pid"), 0)
+            until_signed(TCPStore(LOCAL, port, is_master=False), [0, 2])
+            os.kill(pid, signal.SIGSTOP)
+        group = StatelessProcessGroup.create(LOCAL, port, here.rank, 3, listen_socket=listener)
+        if here.rank == 1:
+            group.send_obj("hello", 0)
+            time.sleep(1.5)  # rank 0 waits for rank 2 to leave, for more than a slice
+            os.kill(pid, signal.SIGCONT)
+        assert here.rank or group.recv_obj(1) == "hello"
+        group.close()
+
+
+def test_a_slow_rank_is_no_other_protocol():
+    run_ranks(_slow_to_leave, 3)
 
 
 # Creation: rank 0 knows how many came, and its port is free again when it gives up.
@@ -283,6 +330,23 @@ def test_creation_is_interrupted():
     run_ranks(_interrupted_in_create, 2)
 
 
+def _interrupted_on_a_socket_that_stays(here):
+    with socket.socket() as listener:
+        listener.bind((LOCAL, 0))
+        arguments = LOCAL, 0, 0, 3
+        threading.Timer(0.3, interrupt, [os.getpid()]).start()
+        with pytest.raises(KeyboardInterrupt):
+            StatelessProcessGroup.create(*arguments, listen_socket=listener, wire="vllm")
+        with pytest.raises(GroupCreationError, match="1 of 3 ranks came"):
+            StatelessProcessGroup.create(
+                *arguments, listen_socket=listener, wire="vllm", store_timeout=1
+            )
+
+
+def test_what_ended_the_creation_before_is_no_rank():
+    run_ranks(_interrupted_on_a_socket_that_stays, 1)
+
+
 # A barrier ends in time, names whom it misses, and the next one is in step.
 
 
@@ -312,23 +376,25 @@ def test_a_rank_that_comes_late_to_a_barrier(layout):
 
 def _rank_0_is_late(here, layout):
     group = group_of(here, layout, NEWEST)
-    if here.rank == 1:
-        for _ in range(2):
+    for number in range(2):  # each rank calls each barrier once
+        if here.rank == 1:
             with pytest.raises(BarrierError, match="missing: rank 0 of 2") as caught:
                 group.barrier(timeout=0.5)
             assert caught.value.missing == (0,)
-        here.tell("gave up")
-    else:
-        here.ask("gave up")
+            here.tell(f"gave up {number}")
+        else:
+            here.ask(f"gave up {number}")
+            with pytest.raises(BarrierError, match="missing: rank 1 of 2"):
+                group.barrier(timeout=0.5)
+    here.meet("both late")
     group.barrier(timeout=SECONDS)
+    assert group.broadcast_obj("next", 0) == "next"
     assert group.all_gather_obj(here.rank) == [0, 1]
     here.meet("done")
 
 
-@needs_vllm(NEWEST)
-@pytest.mark.parametrize("layout", [(THEIRS, OURS), (OURS, OURS)])
-def test_rank_0_comes_late_to_a_barrier(layout):
-    run_ranks(_rank_0_is_late, 2, layout)
+def test_rank_0_comes_late_to_a_barrier():
+    run_ranks(_rank_0_is_late, 2, (OURS, OURS))
 
 
 def _does_not_leave(here):
@@ -406,6 +472,51 @@ def test_nothing_comes(layout):
     run_ranks(_nothing_comes, 2, layout)
 
 
+def _nothing_to_give(here, layout):
+    group = group_of(here, layout, NEWEST)
+    if here.rank == 1:
+        with pytest.raises(Exception, match="pickle"):
+            group.all_gather_obj(lambda: None)
+    else:
+        with pytest.raises(MessageTimeoutError) as caught:
+            group.all_gather_obj("mine", timeout=0.5)
+        assert caught.value.missing == (1,)
+    assert group.all_gather_obj(here.rank) == [0, 1]
+    here.meet("done")
+
+
+def test_a_rank_has_nothing_to_give():
+    run_ranks(_nothing_to_give, 2, (OURS, OURS))
+
+
+def _senders_in_turn(here, layout):
+    group = group_of(here, layout, NEWEST)
+    for source in (1, 2):  # one of them after the other, as a barrier lies between
+        if here.rank == source:
+            group.send_obj(f"of rank {source}", 0)
+        if here.rank == 0:
+            assert group.recv_obj(source) == f"of rank {source}"
+        group.barrier(timeout=SECONDS)
+    here.meet("done")
+
+
+@needs_vllm(NEWEST)
+def test_senders_in_turn():
+    run_ranks(_senders_in_turn, 3, (OURS, THEIRS, OURS))
+
+
+def test_an_id_inside_another_object():
+    with pytest.raises(pickle.PicklingError, match="an NcclUniqueId inside another object"):
+        encode([NcclUniqueId()])
+
+
+@pytest.mark.parametrize(("messages", "danger"), [("plain", False), ("pickle", True)])
+def test_the_warning(messages, danger):
+    with pytest.warns(InsecureGroupWarning, match="vLLM's protocol has no tags, so") as caught:
+        StatelessProcessGroup.create("0.0.0.0", 0, 0, 1, wire="vllm", messages=messages).close()
+    assert ("run code on every rank" in str(caught[0].message)) == danger
+
+
 def _expires(here, layout):
     group = group_of(here, layout, NEWEST)
     if here.rank == 0:
@@ -437,7 +548,7 @@ def _two_senders(here, layout):
     if here.rank == 2:
         here.ask("sent")
         if layout[2] == OURS:
-            with pytest.raises(MessageError, match="send_to/0/0: is taken by a message of another"):
+            with pytest.raises(MessageError, match="send_to/0/0: is taken by another rank's"):
                 group.send_obj("of rank 2", 0)
             assert group.send_dst_counter[0] == 0
         else:
@@ -448,8 +559,15 @@ def _two_senders(here, layout):
         here.ask("sent twice")
         got = group.recv_obj(1)
         assert got == ("of rank 1" if layout[2] == OURS else "of rank 2")
-        with pytest.raises(MessageError, match=r"send_to/0/0: was read as the message of rank 1;"):
-            group.recv_obj(2)
+        # it is lost, and no message is read twice
+        with pytest.raises(MessageTimeoutError, match=r"send_to/0/0: rank 0 waited in vain"):
+            group.recv_obj(2, timeout=0.2)
+        here.tell("read")
+    if here.rank == 2:
+        here.ask("read")
+        group.send_obj("again", 0)
+    if here.rank == 0:
+        assert layout[2] == THEIRS or group.recv_obj(2) == "again"
     group.barrier(timeout=SECONDS)
     here.meet("done")
 
@@ -637,9 +755,9 @@ def test_leaving_by_an_error():
 # A torch group over gloo, by vLLM's rendezvous.
 
 
-def _torch_group(here, layout, version):
+def _torch_group(here, layout, version, host=LOCAL):
     with place(here) as port:
-        arguments = LOCAL, port, here.rank, len(layout), "gloo"
+        arguments = host, port, here.rank, len(layout), "gloo"
         if layout[here.rank] == THEIRS:
             utils = import_vllm(version)
             group = utils.stateless_init_torch_distributed_process_group(*arguments)
@@ -669,6 +787,35 @@ TORCH_CASES = [
 @pytest.mark.parametrize(("version", "layout"), TORCH_CASES)
 def test_a_torch_group(version, layout):
     run_ranks(_torch_group, len(layout), layout, version)
+
+
+@needs_vllm(NEWEST)
+def test_a_torch_group_over_ipv6():
+    run_ranks(_torch_group, 2, (OURS, THEIRS), NEWEST, "::1")
+
+
+def _the_store_of_a_torch_group(here):
+    layout = OURS, THEIRS
+    with place(here) as port:
+        init = stateless_init_torch_distributed_process_group
+        options = {"wire": "vllm"}
+        if layout[here.rank] == THEIRS:
+            init = import_vllm(NEWEST).stateless_init_torch_distributed_process_group
+            options = {}
+        _, store = init(LOCAL, port, here.rank, 2, "gloo", return_store=True, **options)
+    store.set(f"of {here.rank}", "value")
+    assert store.get(f"of {1 - here.rank}") == b"value"
+    here.meet("done")
+
+
+@needs_vllm(NEWEST)
+def test_the_store_of_a_torch_group():
+    run_ranks(_the_store_of_a_torch_group, 2)
+
+
+def test_a_torch_group_of_nccl_is_not_vllms():
+    with pytest.raises(ValueError, match=r"needs a CUDA GPU|it knows gloo"):
+        stateless_init_torch_distributed_process_group(LOCAL, 0, 0, 1, "nccl", wire="vllm")
 
 
 def _torch_group_meets_ours(here):

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -90,7 +91,7 @@ class Joined(NamedTuple):
             group._release_socket = weakref.finalize(group, self.listener.close)
         try:
             if self.listener is not None and warn:
-                warn_without_secret(self.listener)
+                warn_without_secret(self.listener, group.messages, self.wire.name)
         except Warning:
             group.end()
             raise
@@ -215,15 +216,19 @@ def join(
                 barrier.wait(deadline)
             else:
                 _meet_in_secret(barrier, deadline, secret, rank_0)
-        except CancelledWaitError as error:
-            break_off(barrier, f"of {error}")
+        except (CancelledWaitError, GroupCreationError) as error:
+            other_wire = isinstance(error, GroupCreationError)
+            break_off(barrier, str(error) if other_wire else f"of {error}")
+            if other_wire:
+                there = [r for r in range(world_size) if store.check([keys.member(r)])]
+                _let_others_read(store, rank, there)
             raise
         return barrier
     except BarrierError as error:
         # asked before rank 0, which waits for the others to read, ends the store
         other_secret = refused(store, error.missing)
         with suppress(DistError):
-            _let_others_read(store, rank, world_size, error)
+            _let_others_read(store, rank, set(range(world_size)) - set(error.missing))
         if error.completed:
             text = f"all ranks came to {where}, but {error}"
             raise GroupCreationError(text, error.missing) from error
@@ -248,11 +253,13 @@ def _check_keys(store: StoreClient, rank: int, world_size: int, where: str) -> N
     others, and these know that a rank 0 of refdist writes about itself before anything else.
     """
     count = store.num_keys()
-    known = keys.of_creation(world_size) if rank == 0 else [keys.member(0)]
-    there = sum(store.check([key]) for key in known)
-    if count > there if rank == 0 else count > 0 and not there:
+    if store.check([keys.member(r) for r in (range(world_size) if rank == 0 else [0])]):
+        return
+    known = keys.of_creation(world_size) if rank == 0 else []
+    if count > sum(store.check([key]) for key in known):
         raise GroupCreationError(
-            f'a peer at {where} speaks vLLM\'s protocol: pass wire="vllm", on all ranks of refdist'
+            f'a peer at {where} speaks vLLM\'s protocol: pass wire="vllm", on all ranks of refdist '
+            f"(or another program uses this store)"
         )
 
 
@@ -273,11 +280,11 @@ def _meet_in_secret(barrier: Barrier, deadline: Deadline, secret: bytes, rank_0:
     barrier.seals = Seals(secret, "group", *tokens)
 
 
-def _let_others_read(store: StoreClient, rank: int, world_size: int, error: BarrierError) -> None:
+def _let_others_read(store: StoreClient, rank: int, came: Iterable[int]) -> None:
     """Keep the store of rank 0 open until the ranks that came have read why there is no group."""
     if rank != 0:
         store.set(keys.told(rank), "")
         return
-    came = [keys.told(r) for r in range(1, world_size) if r not in error.missing]
-    if came:
-        store.wait(came, Deadline(_GRACE_SECONDS))
+    told = [keys.told(other) for other in came if other != 0]
+    if told:
+        store.wait(told, Deadline(_GRACE_SECONDS))

@@ -9,8 +9,8 @@ from refdist.joining.realigning import realign
 from refdist.objects.encoding import encode
 from refdist.objects.gathering import gather
 from refdist.objects.mailbox import Mailbox
-from refdist.vllm_wire import messages as vllm
 from refdist.vllm_wire.barrier import Barrier as VllmBarrier
+from refdist.vllm_wire.messages import encode as vllm_encode
 
 
 class Wire(NamedTuple):
@@ -21,7 +21,7 @@ class Wire(NamedTuple):
         encode: an object into what is written.
         mailbox: the messages of a group, from its barrier, the group, what it keeps, and what
             unpickles.
-        gather: as ``objects.gathering.gather``.
+        gather: as ``objects.gathering.gather``, of a mailbox.
         realign: as ``joining.realigning.realign``; None if there is no such thing.
         leave: as ``joining.leaving.leave``.
     """
@@ -39,7 +39,7 @@ def _just_leave(barrier: VllmBarrier, reason: str | None, deadline: Deadline) ->
 
 
 OWN = Wire(None, encode, Mailbox, gather, realign, leave)
-VLLM = Wire("vllm", vllm.encode, vllm.mailbox, vllm.gather, None, _just_leave)
+VLLM = Wire("vllm", vllm_encode, VllmBarrier.bind, VllmBarrier.gather, None, _just_leave)
 
 
 def wire_of(name: str | None) -> Wire:

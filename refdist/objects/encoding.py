@@ -110,7 +110,9 @@ def _anything(payload: Any, buffers: Any = None) -> Any:
     """As ``pickle.loads``: it runs what a message names. An id of vLLM's needs no vLLM."""
     try:
         return pickle.loads(payload, buffers=buffers)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "vllm":
+            raise
         return Unpickler(BytesIO(payload), buffers=buffers).load()
 
 

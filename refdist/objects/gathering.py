@@ -8,7 +8,6 @@ when all have arrived at the next barrier, and so have read them.
 from collections.abc import Callable
 from typing import Any
 
-from refdist.barrier.plain import Barrier
 from refdist.deadline import Deadline
 from refdist.errors import MessageError, MessageTimeoutError
 from refdist.objects import encoding
@@ -25,7 +24,6 @@ class Unusable:
 
 
 def gather(
-    barrier: Barrier,
     mailbox: Mailbox,
     obj: Any,
     encoded: Encoded | Exception,
@@ -40,6 +38,7 @@ def gather(
         BarrierError, CancelledWaitError, torch.distributed.DistError: as ``Barrier.wait``.
         MessageError: there is something on the roll that no rank writes.
     """
+    barrier = mailbox.barrier
     number, rank = barrier.generation, barrier.rank
     written: list[str] = []
     if isinstance(encoded, Exception):

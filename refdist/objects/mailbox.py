@@ -45,7 +45,7 @@ class Mailbox:
     """
 
     def __init__(self, barrier: Barrier, group: Any, kept: dict[Any, Any], loads: Loads) -> None:
-        self._barrier, self._store, self._rank = barrier, barrier.store, barrier.rank
+        self.barrier, self._store, self._rank = barrier, barrier.store, barrier.rank
         self._seconds = group.data_expiration_seconds
         self._entries: deque[tuple[str, float]] = group.entries
         self._sent: dict[int, int] = group.send_dst_counter
@@ -74,7 +74,7 @@ class Mailbox:
     ) -> None:
         """Send the broadcast with this number of this rank's. Raises as ``send``."""
         its = keys.broadcast(self._rank, number)
-        leftovers = self._barrier.leftovers
+        leftovers = self.barrier.leftovers
         leftovers.add_broadcast([its.own, its.readers] if encoded.count else [its.own])
         self._send(its, encoded, deadline, True)
 
@@ -120,7 +120,7 @@ class Mailbox:
             if ends:
                 end(its, source, 0 if decoder is None else decoder.chunks)
             elif broadcast:
-                self._barrier.leftovers.missed(source)
+                self.barrier.leftovers.missed(source)
             if isinstance(error, UserCodeError) and not ends:
                 # perhaps a signal's handler has raised it, and not the object
                 self._ended_by_user = its.own
@@ -148,9 +148,9 @@ class Mailbox:
     def _end_broadcast(self, its: ObjectKeys, source: int, chunks: int) -> None:
         """This rank needs a broadcast no more. The last reader deletes its chunks."""
         self._broadcasts[source] += 1
-        self._barrier.leftovers.received(source)
+        self.barrier.leftovers.received(source)
         count, there = self._store.add(its.readers, 1) if chunks else 0, True
-        if chunks and count == self._barrier.world_size - 1:
+        if chunks and count == self.barrier.world_size - 1:
             there = False
             for index in range(chunks):
                 there |= self._store.delete_key(its.chunk(index))
@@ -220,7 +220,7 @@ class Mailbox:
             its = ObjectKeys(*fields)
             there = self._store.delete_key(its.own)
             if broadcast:
-                self._barrier.leftovers.forget(its.own)
+                self.barrier.leftovers.forget(its.own)
                 if chunks:
                     self._store.delete_key(its.readers)
             for index in range(chunks):
@@ -230,11 +230,11 @@ class Mailbox:
                 self._write(its.expired, str(its.number).encode())
 
     def _write(self, key: str, value: bytes) -> None:
-        seals = self._barrier.seals
+        seals = self.barrier.seals
         self._store.set(key, seals.seal(key, value) if seals.tag_bytes else value)
 
     def _unseal(self, key: str, value: bytes) -> bytes:
-        seals = self._barrier.seals
+        seals = self.barrier.seals
         return seals.unseal(key, value) if seals.tag_bytes else value
 
     def _look(self, key: str) -> bytes | None:

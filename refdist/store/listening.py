@@ -101,11 +101,13 @@ def serve(
     listener: socket.socket,
     timeout: timedelta,
     deadline: Deadline | None = None,
+    unblock: Callable[[], object] | None = None,
     **kwargs: Any,
 ) -> TCPStore:
     """A TCPStore that listens on a duplicate of a bound socket. See ``create_tcp_store``.
 
     ``deadline``, of ``timeout`` if it is given, may be cancelled; raises CancelledWaitError then.
+    With ``wait_for_workers``, torch waits on; each call of ``unblock`` is to be one worker for it.
     """
     address, port = _numeric(listener.getsockname()), listener.getsockname()[1]
     if port == 0:
@@ -125,6 +127,7 @@ def serve(
             "was opened here, but this process itself could not reach it; does a firewall close "
             "the port?",
             grace=2.0,  # with wait_for_workers, torch itself says what it waited for, a second late
+            unblock=unblock,
         )
     except (TypeError, NotImplementedError):
         # refused before the store took it
@@ -184,6 +187,7 @@ def _construct(
     where: str,
     silence: str,
     grace: float = 0.0,
+    unblock: Callable[[], object] | None = None,
 ) -> TCPStore:
     """Call a constructor that may block for ever on a peer that never answers. ``silence`` says so.
 
@@ -213,6 +217,8 @@ def _construct(
                 )
     except BaseException:
         given_up.set()
+        while unblock is not None and not done.wait(_RETRY_SECONDS):
+            unblock()
         result.clear()
         raise
     if failure:

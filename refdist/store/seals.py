@@ -173,17 +173,24 @@ def secret_from(given: bytes | str | None, wire: str | None = None) -> Secret | 
     return Secret(secret)
 
 
-def warn_without_secret(listener: socket.socket) -> None:
+def warn_without_secret(listener: socket.socket, messages: str, wire: str | None) -> None:
     """Warn that a store listens without a secret, unless on a loopback address."""
     address = listener.getsockname()[0]
-    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-        warnings.warn(
-            f"the store listens on {address} without a secret: whoever can reach it there can "
-            f"forge messages, which are pickles, and so run code on every rank. Give all ranks the "
-            f"same secret=, or set {VARIABLE}, to a long random text such as secrets.token_hex()",
-            InsecureGroupWarning,
-            stacklevel=4,
-        )
+    if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return
+    danger = ", which are pickles, and so run code on every rank" if messages == "pickle" else ""
+    advice = (
+        f"Give all ranks the same secret=, or set {VARIABLE}, to a long random text such as "
+        f"secrets.token_hex()"
+    )
+    if wire is not None:
+        advice = "vLLM's protocol has no tags, so let a firewall keep strangers out"
+    warnings.warn(
+        f"the store listens on {address} without a secret: whoever can reach it there can forge "
+        f"messages{danger}. {advice}",
+        InsecureGroupWarning,
+        stacklevel=4,
+    )
 
 
 def _framed(*parts: bytes) -> bytes:

@@ -161,7 +161,8 @@ def stateless_init_torch_distributed_process_group(
             stays the caller's.
         timeout: timeout of the creation, and default of the collectives; None for torch's
             default, 30 minutes for gloo and 10 for NCCL.
-        wire: ``"vllm"`` if some ranks call vLLM's function of this name; else None.
+        wire: ``"vllm"`` if some ranks call vLLM's function of this name, with gloo; then all give
+            the same text as host, and gloo itself chooses its address, as theirs does. Else None.
 
     Raises:
         ValueError: an argument is out of its range, the backend is unknown or needs a GPU that
@@ -177,11 +178,15 @@ def stateless_init_torch_distributed_process_group(
         raise ValueError(f"group_name={group_name!r}: is taken by another group of this process")
     seconds = check_timeout("timeout", default_timeout(name) if timeout is None else timeout)
     protocol = wire_of(wire)
+    if wire is not None and name != "gloo":
+        raise ValueError(f"wire={wire!r}: must be None with backend={backend!r}; it knows gloo")
     joined = form(host, port, rank, world_size, seconds, listen_socket, wire=protocol)
     try:
         place = torch_versions.tcp_store_of(joined.client.store)
-        group_store = PrefixStore("group" if wire is None else _uri(host, place.port), place)
+        group_store: Store = PrefixStore("group", place)
         address = address_towards(place.host, place.port)
+        if wire is not None:
+            group_store, address = PrefixStore(_uri(host, place.port), place), None
         group = create_group(name, group_store, rank, world_size, wait_of(seconds), address)
     finally:
         # the store listens on its own duplicate
@@ -190,7 +195,7 @@ def stateless_init_torch_distributed_process_group(
     joined.remember(group, host)
     if group_name is not None:
         _register(group, group_name)
-    return (group, group_store) if return_store else group
+    return (group, group_store if wire is None else place) if return_store else group
 
 
 def stateless_destroy_torch_distributed_process_group(pg: ProcessGroup) -> None:
@@ -212,6 +217,7 @@ def stateless_destroy_torch_distributed_process_group(pg: ProcessGroup) -> None:
 
 def _uri(host: str, port: int) -> str:
     """The prefix of the keys of gloo in vLLM's protocol."""
+    host = host.strip("[]")
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 

@@ -10,15 +10,17 @@ ranks that it misses. What the protocol itself does not have, no rank can add:
 =======================  ========================================================================
 agreement                A barrier or a gather may fail on one rank and succeed on another. A rank
                          that comes late passes alone; the next barrier is in step again, if every
-                         rank has called this one once.
-two senders              Two ranks that send to the same rank use the same keys. refdist raises a
-                         MessageError where it sees this: on a sender whose key is taken, and on a
-                         receiver that has read the key as another rank's.
+                         rank has called this one once. A rank that has no object to give to a
+                         gather raises at once, and the others when their time is up.
+two senders              Two ranks that send to the same rank use the same keys. A sender of refdist
+                         whose key is taken raises a MessageError, also if a rank of vLLM has read
+                         the message that is there. A sender of vLLM writes over it.
 expiry that tells        A message that expired looks like one that was never sent: the receiver
                          waits until its time is up.
 clean-up                 Nothing is deleted before it expires, except the keys of a barrier that
-                         succeeded. ``close`` on rank 0 ends the store at once, so the other ranks
-                         must have finished: pass a barrier before.
+                         succeeded, and messages that a rank of refdist has read. ``close`` on rank
+                         0 ends the store at once, so the other ranks must have finished: pass a
+                         barrier before.
 names at creation        The store counts the ranks that come and does not know them.
 tags                     A secret cannot be used. What comes is therefore unpickled as plain data
                          (``messages="plain"``), unless the caller trusts every process that

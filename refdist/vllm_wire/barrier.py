@@ -72,6 +72,7 @@ class Barrier(Messages):
         try:
             told = self.receive_next(0, deadline, tensor=False, broadcast=True)
         except MessageTimeoutError as error:
+            self.group.broadcast_recv_src_counter[0] += 1  # the next barrier has the next name
             raise self.missing([0], deadline) from error
         if not isinstance(told, str) or not told.startswith("barrier_"):
             raise MessageError(

@@ -7,18 +7,20 @@ ones are missing.
 
 import re
 import socket
-import threading
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
-from refdist.deadline import CancelledWaitError, Deadline
+from refdist.deadline import Deadline
 from refdist.errors import GroupCreationError, StoreConnectionError
 from refdist.store import keys
 from refdist.store.client import StoreClient
 from refdist.store.listening import connect, serve
+
+_SOON_SECONDS = 0.2
 
 
 def open_store(
@@ -45,7 +47,9 @@ def open_store(
     where = f"{host}:{port or (listener and listener.getsockname()[1])}"
     if rank != 0:
         client = StoreClient(connect(host, port, deadline, **options))
-        if client.check([keys.member(0)]):
+        client.limit(deadline.remaining())
+        # a rank 0 of refdist writes this soon after it has opened the store
+        if client.wait([keys.member(0)], Deadline(_SOON_SECONDS)):
             client.close()
             raise GroupCreationError(
                 f"rank 0 on {where} speaks refdist's own protocol: leave out wire='vllm' here, or "
@@ -55,7 +59,10 @@ def open_store(
     assert listener is not None
     try:
         # vLLM's ranks send any object as one value, and the libuv server takes 8 MiB at most
-        return StoreClient(serve(host, listener, deadline=deadline, use_libuv=False, **options))
+        unblock = partial(_count_as_rank, listener, world_size)
+        return StoreClient(
+            serve(host, listener, deadline=deadline, unblock=unblock, use_libuv=False, **options)
+        )
     except StoreConnectionError as error:
         came = re.search(r"(\d+)/\d+ clients joined", str(error))
         if came is None:
@@ -64,21 +71,10 @@ def open_store(
             f"{came[1]} of {world_size} ranks came to {where} within {deadline.allowed:g} s; "
             f"vLLM's protocol does not tell which are missing"
         ) from error
-    except CancelledWaitError:
-        _end_server(listener, world_size)
-        raise
 
 
-def _end_server(listener: socket.socket, world_size: int) -> None:
-    """Let a server go on that waits for ranks, so that it ends, and its port is free again.
-
-    torch cannot interrupt it. So this connects to it as often as ranks are to come.
-    """
+def _count_as_rank(listener: socket.socket, world_size: int) -> None:
+    """Let a server count one more rank, until it has all, ends, and its port is free again."""
     address, port = listener.getsockname()[:2]
-
-    def connect_all() -> None:
-        with suppress(DistError):
-            for _ in range(world_size):
-                TCPStore(address, port, world_size, False, timeout=timedelta(seconds=1))
-
-    threading.Thread(target=connect_all, daemon=True, name="refdist-end").start()
+    with suppress(DistError):
+        TCPStore(address, port, world_size, False, timeout=timedelta(seconds=1))

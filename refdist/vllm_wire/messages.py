@@ -2,15 +2,17 @@
 
 An object is one value, its bare pickle. Its key has the number of the object: messages are counted
 for each pair of ranks, broadcasts for each source, on both sides. Tensors have keys of their own,
-but are counted with the objects. The readers delete nothing. The source deletes what is old.
+but are counted with the objects. The source deletes what is old. A rank of refdist also deletes a
+message that it has read: so the next rank that sends to it under the same key is not misread.
 """
 
 import pickle
 import time
 import weakref
-from typing import Any
+from io import BytesIO
+from typing import Any, Self
 
-from refdist.deadline import CancelledWaitError, Deadline
+from refdist.deadline import CancelledWaitError, Deadline, UserCodeError
 from refdist.errors import MessageError, MessageTimeoutError, name_ranks
 from refdist.objects.encoding import Loads, decode
 from refdist.objects.gathering import Unusable
@@ -26,7 +28,18 @@ def encode(obj: Any) -> bytes:
     Raises:
         Exception: whatever pickle raises for an object that cannot be pickled.
     """
-    return pickled_for_vllm(obj) if isinstance(obj, NcclUniqueId) else pickle.dumps(obj)
+    if isinstance(obj, NcclUniqueId):
+        return pickled_for_vllm(obj)
+    stream = BytesIO()
+    _Pickler(stream).dump(obj)
+    return stream.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, NcclUniqueId):
+            raise pickle.PicklingError("an NcclUniqueId inside another object: send it alone")
+        return NotImplemented
 
 
 class Messages:
@@ -37,8 +50,8 @@ class Messages:
         self.rank, self.world_size = rank, world_size
         self.generation = 0
 
-    def bind(self, group: Any, kept: dict[Any, Any], loads: Loads) -> None:
-        """Count in the counters of a group.
+    def bind(self, group: Any, kept: dict[Any, Any], loads: Loads) -> Self:
+        """Count in the counters of a group. Returns this object.
 
         Args:
             group: has the counters, ``entries`` and ``data_expiration_seconds``.
@@ -47,6 +60,8 @@ class Messages:
         """
         self.group: Any = weakref.proxy(group)  # a group that nothing else refers to ends
         self.kept, self.loads = kept, loads
+        self.ended_by_user = ""  # the key whose unpickling was ended once by no Exception
+        return self
 
     def send(self, value: bytes, destination: int, deadline: Deadline, tensor: bool) -> None:
         """Send a message.
@@ -58,8 +73,8 @@ class Messages:
         key = keys.vllm_message(destination, number, tensor)
         if self.store.check([key]):
             raise MessageError(
-                f"{key}: is taken by a message of another rank; vLLM's protocol has room for one "
-                f"sender to rank {destination}, so nothing was sent"
+                f"{key}: is taken by another rank's message to rank {destination}, read or not; "
+                f"vLLM's protocol has one sender for each receiver, so nothing was sent"
             )
         self.write(key, value, deadline)
         self.group.send_dst_counter[destination] += 1
@@ -74,8 +89,11 @@ class Messages:
         """Receive the next message or broadcast from a rank: a tensor, if ``convert`` is given.
 
         Raises:
-            MessageTimeoutError: it did not come in time, or it has expired.
-            MessageError: it is no object, or another rank sends to this one too.
+            MessageTimeoutError: it did not come in time, or it has expired, or another rank has
+                written over it.
+            MessageError: it is no object.
+            UserCodeError: its unpickling raised something that is no Exception. The next call tries
+                again, once.
             CancelledWaitError: the deadline was cancelled.
         """
         name: Any = ("broadcast", source) if broadcast else source
@@ -92,24 +110,20 @@ class Messages:
         else:
             received = self.group.recv_src_counter
             key = keys.vllm_message(self.rank, received[source], tensor)
-            self._check_one_sender(key, source, received)
+        goes_on = False  # whether the next call waits for the same
         try:
-            obj = self.read(key, source, deadline)
+            return self.read(key, source, deadline)
         except (MessageTimeoutError, CancelledWaitError):
-            raise  # the next call waits for the same
-        except BaseException:
-            received[source] += 1
+            goes_on = True
             raise
-        received[source] += 1
-        return obj
-
-    def _check_one_sender(self, key: str, source: int, received: dict[int, int]) -> None:
-        others = [r for r, count in received.items() if r != source and count > received[source]]
-        if others:
-            raise MessageError(
-                f"{key}: was read as the message of {name_ranks(others)}; vLLM's protocol has room "
-                f"for one sender to rank {self.rank}, and rank {source} is another one"
-            )
+        except UserCodeError:
+            goes_on, self.ended_by_user = self.ended_by_user != key, key
+            raise
+        finally:
+            if not goes_on:
+                received[source] += 1
+                if not broadcast:
+                    self.store.delete_key(key)
 
     def gather(self, obj: Any, value: bytes | Exception, deadline: Deadline) -> list[Any]:
         """Broadcast an object, and receive those of all other ranks.
@@ -118,19 +132,19 @@ class Messages:
         gather that ends otherwise has one number on every rank, so that the next one is in step.
 
         Returns:
-            The objects in rank order; an Unusable for what does not unpickle. Nothing, and nothing
-            is sent, if ``value`` says why this rank has no object to give.
+            The objects in rank order; an Unusable for what does not unpickle. Nothing, if ``value``
+            says why this rank has no object to give: nothing is sent, and the others miss it.
 
         Raises:
             MessageTimeoutError: the objects of some ranks did not come in time.
             CancelledWaitError: the deadline was cancelled.
         """
-        if isinstance(value, Exception):
-            return []
         group, found, missing = self.group, [], []
-        number = group.broadcast_send_counter
-        self.write(keys.vllm_broadcast(self.rank, number, False), value, deadline)
-        for source in range(self.world_size):
+        sources = range(0) if isinstance(value, Exception) else range(self.world_size)
+        if not isinstance(value, Exception):
+            key = keys.vllm_broadcast(self.rank, group.broadcast_send_counter, False)
+            self.write(key, value, deadline)
+        for source in sources:
             key = keys.vllm_broadcast(source, group.broadcast_recv_src_counter[source], False)
             try:
                 found.append(obj if source == self.rank else self.read(key, source, deadline))
@@ -174,16 +188,3 @@ class Messages:
             deadline.check()
             self.store.delete_key(self.group.entries[0][0])
             self.group.entries.popleft()
-
-
-def mailbox(barrier: Messages, group: Any, kept: dict[Any, Any], loads: Loads) -> Messages:
-    """The messages of a rank are those that its barrier uses."""
-    barrier.bind(group, kept, loads)
-    return barrier
-
-
-def gather(
-    barrier: Messages, mailbox: Messages, obj: Any, encoded: Any, deadline: Deadline
-) -> list[Any]:
-    """``Messages.gather``."""
-    return mailbox.gather(obj, encoded, deadline)
