@@ -466,6 +466,26 @@ ATTACKS = {
 }
 
 
+def test_a_storage_has_no_nested_keys():
+    """Its header is a dict with a key of tuples, each twice in the next: 2**18 parts to hash."""
+    levels = 18
+    nested = b"K\x01K\x01\x86q\x000" + b"".join(
+        b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) + b"0"
+        for i in range(levels)
+    )
+    header = b"\x80\x02" + nested + b"}h" + bytes([levels]) + b"Ns."
+    saved = b"".join(
+        [
+            pickle.dumps(torch.serialization.MAGIC_NUMBER, 2),
+            pickle.dumps(torch.serialization.PROTOCOL_VERSION, 2),
+            header,
+        ]
+    )
+    length = len(saved).to_bytes(4, "little")
+    message = b"\x80\x04ctorch.storage\n_load_from_bytes\nB" + length + saved + b"\x85R."
+    refused(message, "a key with 1 levels of tuples, or with too many parts")
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attacks(attack):
     payload, text = ATTACKS[attack]

@@ -352,7 +352,7 @@ class NcclCommunicator:
         else:
             for tensor in tensors:  # its memory is not used again before this stream is done
                 tensor.record_stream(stream)
-        on, launches = stream.cuda_stream, [Launch(operation, stream)]
+        on, launches = stream.cuda_stream, [Launch(operation, stream, tensors)]
         self._handle.run(operation, deadline, lambda: start(comm, on), launches)
 
     def _check_peer(self, name: str, rank: int) -> int:

@@ -46,10 +46,14 @@ _new_event: Any = torch.cuda.Event  # has no annotations
 
 
 class Launch(NamedTuple):
-    """An operation, and the stream that it is launched on."""
+    """An operation, the stream that it is launched on, and its tensors.
+
+    In an open group, nothing but this keeps their memory from being used again before the launch.
+    """
 
     operation: str
     stream: torch.cuda.Stream
+    tensors: tuple[torch.Tensor, ...] = ()
 
 
 class _OpenGroup(threading.local):

@@ -82,9 +82,16 @@ def _check_result(result: Any) -> None:
 
 
 class _StorageReader(Reader):
-    """Reads what torch.save wrote of a storage, which it refers to by a persistent id."""
+    """Reads what torch.save wrote of a storage, which it refers to by a persistent id.
+
+    No key in it is a tuple. The budget for those would be new for each storage of a message.
+    """
 
     dispatch = Reader.dispatch | {pickle.BINPERSID[0]: lambda self: None}  # the id stays as it is
+
+    def __init__(self, file: BytesIO, size: int) -> None:
+        super().__init__(file, size)
+        self.parts = 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from refdist.errors import MessageError
 
 _RULE = (
     "a plain message holds only None, bool, int, float, complex, str, bytes, bytearray, list, "
-    "tuple, dict, OrderedDict, set, frozenset, and CPU tensors, sizes and dtypes of torch"
+    "tuple, dict, OrderedDict, set, frozenset, and CPU tensors (without attributes of their own), "
+    "sizes and dtypes of torch"
 )
 _KEY_LEVELS = 100  # the hash of nested tuples is computed by recursion in C
 _KEY_PARTS = 1 << 20  # of all keys; a part that is shared counts again, as it is hashed again
