@@ -70,7 +70,7 @@ class StatelessProcessGroup(Leaving, Realigning, TensorMethods):
     entries: deque[tuple[str, float]] = field(default_factory=deque, repr=False)
     _: KW_ONLY
     events: list[PhaseEvent] | None = field(default=None, repr=False)
-    messages: str = "pickle"
+    messages: str = field(default="pickle", repr=False)
     joined: InitVar[Joined | None] = None
 
     def __post_init__(self, joined: Joined | None) -> None:

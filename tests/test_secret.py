@@ -236,7 +236,7 @@ def test_everything_with_a_secret(world_size, in_environment):
         assert right
         assert left <= 17 + world_size
         assert text == f"StatelessProcessGroup(rank={rank}, world_size={world_size})".replace(
-            ")", ", data_expiration_seconds=3600, messages='pickle')"
+            ")", ", data_expiration_seconds=3600)"
         )
         assert not shown
 
