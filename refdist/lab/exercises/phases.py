@@ -21,7 +21,7 @@ from refdist.store.client import StoreClient
 
 _PATIENCE_SECONDS = 20.0
 _ALLOWED = {"add", "set", "wait", "delete_key", "check"}
-_MOST_REQUESTS = 20  # of a rank for a use; a right answer makes fewer
+_MOST_REQUESTS = 10  # of a rank for a use; a right answer makes fewer
 _EXPLORED = ((1, 3), (2, 3), (3, 2))
 """World sizes and numbers of uses, of which every schedule is tried."""
 
