@@ -18,8 +18,7 @@ from refdist.benchmarks.data_plane import form_group
 from refdist.benchmarks.launch import LOCAL, run_ranks
 from refdist.torch_groups import collectives
 from refdist.torch_groups.process_groups import stateless_destroy_torch_distributed_process_group
-from refdist.weights import BUFFER_BYTES, Buffers, receive_into, receive_weights, send_weights
-from refdist.weights.descriptions import describe
+from refdist.weights import BUFFER_BYTES, describe, receive_into, receive_weights, send_weights
 
 LAYERS, VOCABULARY = 24, 151936
 _HIDDEN, _INTERMEDIATE, _KEYS_AND_VALUES = 896, 4864, 128
@@ -146,7 +145,7 @@ def _time_as_rank(
 def _ways(
     weights: dict[str, torch.Tensor], group: ProcessGroup, buffer_bytes: int
 ) -> dict[str, Callable[[], None]]:
-    sends, buffers, metas = group.rank() == 0, Buffers(), describe(weights)
+    sends, metas = group.rank() == 0, describe(weights)
     everything = torch.zeros(sum(tensor.nbytes for tensor in weights.values()), dtype=torch.uint8)
 
     def bare() -> None:
@@ -155,16 +154,14 @@ def _ways(
 
     def hand_over(packed: bool) -> None:
         if sends:
-            send_weights(weights, group, packed=packed, buffer_bytes=buffer_bytes, buffers=buffers)
+            send_weights(weights, group, packed=packed, buffer_bytes=buffer_bytes)
         else:
-            receive_into(
-                weights, group, 0, packed=packed, buffer_bytes=buffer_bytes, buffers=buffers
-            )
+            receive_into(weights, group, 0, packed=packed, buffer_bytes=buffer_bytes)
 
     def views() -> None:
         if sends:
             return hand_over(True)
-        for _ in receive_weights(metas, group, 0, buffer_bytes=buffer_bytes, buffers=buffers):
+        for _ in receive_weights(metas, group, 0, buffer_bytes=buffer_bytes):
             pass
         return None
 

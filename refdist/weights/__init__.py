@@ -24,9 +24,8 @@ A communicator is one of these:
 - a gloo or NCCL group of ``stateless_init_torch_distributed_process_group``, or another group of
   torch. The rank is that in the group;
 - ``refdist.nccl.NcclCommunicator``, or vLLM's ``PyNcclCommunicator``;
-- a ``StatelessProcessGroup``, refdist's or vLLM's, for small weights, which pass through its store.
-  vLLM's cannot read a float8 tensor, unless it is packed;
-- anything with ``rank``, ``world_size`` and ``broadcast(tensor, src)``.
+- anything with ``rank``, ``world_size`` and ``broadcast(tensor, src)`` for uint8 tensors. So also a
+  ``StatelessProcessGroup``, for small weights, which pass through its store.
 
 The format
     A chunk is a uint8 tensor: the elements of some weights in order, each in row-major order,
@@ -34,54 +33,56 @@ The format
     weight is a chunk. All ranks cut alike, because they know the same names, shapes and dtypes. So
     every rank must have them before, from ``agree``, or as vLLM's engine gets them, by a request.
 
+    vLLM's consumer raises a RuntimeError at a tensor that is misaligned: the bytes before it in its
+    chunk are no multiple of the size of its elements. Weights of one dtype are always aligned, and
+    so are those that are sorted by that size, the largest first. refdist reads both.
+
 What nobody can notice
     The bytes do not say what they are. With vLLM's code on the other side, or if ``agree`` is left
     out, a wrong order or dtype, or a shape with as many bytes, gives wrong weights, without an
-    error. With another number of bytes, gloo kills the receiver if it gets too many (SIGABRT), and
-    leaves a part unwritten if it gets too few; NCCL waits, or does either. With fewer chunks, the
-    source waits for a receiver, or the receiver for the source, until its deadline. Only a
-    StatelessProcessGroup compares: shape and dtype if not packed, else the number of bytes.
-    vLLM's consumer cannot read some mixtures of dtypes: ``misaligned`` tells before.
+    error. If the source sends more bytes than a receiver expects, gloo kills the receiver
+    (SIGABRT). If it sends fewer, the receiver returns over gloo, and the rest of its weights is not
+    written. NCCL waits until the deadline, or does either of these. A StatelessProcessGroup raises.
+    With another number of chunks, one side waits for the other until its deadline.
+
+When a transfer breaks off
+    A rank that gets an error, is interrupted, or does not take all weights, may not use the
+    communicator for another transfer, because other ranks may still be in this one: it gets a
+    CollectiveError. Destroy the communicator on all ranks and form another. To destroy a gloo group
+    takes until the broadcast that is under way has ended: ``timeout``, or the group's own.
 
 When a rank dies
-    The others get the error of the communicator, and its text says what was being sent or received.
+    The others get the error of the communicator, which begins with the weights that were under way.
     Over gloo it comes at once on most ranks, and on the others at their deadline: give a
     ``timeout``, because the group's own is 30 minutes if none was set. Over NCCL it comes at the
     deadline. A source over a StatelessProcessGroup does not notice.
 
-Copies
+Copies and memory
     The source copies each weight once, into the chunk; a weight that is a chunk of its own, not
-    even once. A receiver gets views of the chunk, without a copy. Two chunks are in memory at a
-    time: one is packed, or loaded, while the other is on its way. So a model that fits into one
-    chunk is packed before anything is sent, and a smaller buffer may be faster: over gloo, 64 MiB
-    is large enough. ``Buffers`` keeps the memory for the next time.
-    ``python -m refdist.benchmarks weights`` measures it.
+    even once. A receiver gets views of the chunk, without a copy. On a GPU, one chunk is packed, or
+    loaded, while another is broadcast. On a CPU, up to two chunks stay in memory for the next
+    transfer, as long as the communicator lives; so a smaller buffer needs less. Over gloo, 64 MiB
+    is large enough. ``python -m refdist.benchmarks weights`` measures it.
 
-To read the code: ``chunks`` (the format), ``sending``, ``receiving``, ``agreeing``, then
-``channels`` (what communicators differ in), ``buffers`` and ``descriptions``.
+To read the code: ``descriptions``, ``chunks`` (the format), ``transfers``, then ``channels`` (what
+communicators differ in) and ``memory``.
 """
 
-from refdist.weights.agreeing import agree
-from refdist.weights.buffers import Buffers
-from refdist.weights.chunks import BUFFER_BYTES, misaligned
 from refdist.weights.descriptions import (
+    BUFFER_BYTES,
     NamedTensors,
     WeightMeta,
-    WeightsMismatchError,
+    agree,
     describe,
 )
-from refdist.weights.receiving import receive_into, receive_weights
-from refdist.weights.sending import send_weights
+from refdist.weights.transfers import receive_into, receive_weights, send_weights
 
 __all__ = [
     "BUFFER_BYTES",
-    "Buffers",
     "NamedTensors",
     "WeightMeta",
-    "WeightsMismatchError",
     "agree",
     "describe",
-    "misaligned",
     "receive_into",
     "receive_weights",
     "send_weights",

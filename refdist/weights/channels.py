@@ -1,14 +1,14 @@
-"""Broadcasts by any communicator: begun by one call, and waited for by another, with a deadline.
+"""Broadcasts by any communicator: how each kind begins one, and waits for its end.
 
-What differs between communicators is here alone: how a broadcast begins, how it ends, and what it
-carries. A communicator of a GPU gets two streams in turn. Each chunk has one of them for its
-memory, its copies and its broadcast, so the copies of one overlap the broadcast of the other.
+A communicator of a GPU gets two streams in turn. Each chunk has one of them for its memory, its
+copies and its broadcast, so the copies of one overlap the broadcast of the other.
 """
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch.distributed import ProcessGroup
 
 from refdist import torch_versions
 from refdist.checks import check_rank, check_seconds, wait_of
-from refdist.errors import failure
-from refdist.objects.tensors import own_copy
+from refdist.errors import CollectiveError, failure
 from refdist.torch_groups import collectives
+from refdist.weights.memory import past_of
 
 _cuda: Any = torch.cuda  # parts of it have no annotations
 _POLL_SECONDS = 1e-4
+_INTERRUPT_SECONDS = 0.2
+"""Torch waits for this long without a look at Ctrl-C."""
 _CUDA_SECONDS = 300.0
 """For a communicator of a GPU whose own timeout is unknown: vLLM's has none, torch's tells none."""
 
@@ -31,27 +33,38 @@ Finish = Callable[[], None]
 
 
 class Channel:
-    """A communicator with ``broadcast(tensor, src)`` that blocks, as the other modules see it.
+    """One transfer over a communicator with ``broadcast(tensor, src)``, which blocks.
 
     Attributes:
         rank: rank of this process.
-        world_size: the number of ranks.
         src: the rank that sends.
         device: the device of the tensors that it carries.
-        typed: whether a tensor travels with its shape and dtype, as an object. Else only bytes do.
-        ahead: whether the next broadcast may begin before the last one has ended.
+        memory: for chunks.
+        ahead: whether the next broadcast begins before the last one has ended. Over gloo this gains
+            nothing: its threads and the copies share the processors.
     """
 
-    typed = False
-    ahead = False
     device = torch.device("cpu")
+    ahead = False
 
     def __init__(self, communicator: Any, src: int | None, timeout: float | None) -> None:
         self._communicator, self._timeout = communicator, timeout
-        self.rank, self.world_size = _place(communicator)
-        self.src = check_rank(self.rank if src is None else src, self.world_size, "src")
-        self.typed = not hasattr(communicator, "device")
-        self._options = _timeout_argument(communicator, timeout)
+        self.rank, self._size = _place(communicator)
+        self.src = check_rank(self.rank if src is None else src, self._size, "src")
+        takes = takes_timeout(communicator) and timeout is not None
+        self._options = {"timeout": timeout} if takes else {}
+        self._past, self._token = past_of(communicator), object()
+        self.memory = self._past.memory
+        self._check_past()
+
+    def _check_past(self) -> None:
+        """Raise if another transfer has not ended: a rank may take this one for the rest of it."""
+        if self._past.unfinished not in (None, self._token):
+            raise CollectiveError(
+                f"rank {self.rank} can neither send nor receive: the last transfer over this "
+                f"communicator did not end; destroy it and form another",
+                operation="broadcast",
+            )
 
     @contextmanager
     def turn(self, number: int, *used: torch.Tensor) -> Iterator[None]:
@@ -62,60 +75,62 @@ class Channel:
         yield
 
     def start(self, tensor: torch.Tensor) -> Finish:
-        """Begin to broadcast a contiguous tensor on ``device``, in place."""
-        # a view that travels as an object would take along all that it looks into
-        sent = own_copy(tensor) if self.typed and self.rank == self.src else tensor
+        """Begin to broadcast a contiguous uint8 tensor on ``device``, in place."""
+        self._check_past()
+        self._past.unfinished = self._token
+        return self._start(tensor)
+
+    def end(self) -> None:
+        """Say that every broadcast of this transfer has ended well."""
+        self._past.unfinished = None
+        self.memory.trim()
+
+    def _start(self, tensor: torch.Tensor) -> Finish:
+        sent = tensor
+        if self.rank == self.src and not hasattr(self._communicator, "device"):
+            sent = tensor.clone()  # a view that is pickled would take along all that it looks into
         received = self._communicator.broadcast(sent, self.src, **self._options)
-        if isinstance(received, torch.Tensor) and received is not sent:
+        if self.rank != self.src and isinstance(received, torch.Tensor) and received is not tensor:
             tensor.copy_(received)
         return lambda: None
 
     def hand_over(self, tensor: torch.Tensor) -> None:
         """Say that the caller is going to use memory that was taken in a turn."""
 
+    def _failure(self, began: float, seconds: float | None, reason: Exception) -> CollectiveError:
+        elapsed = time.monotonic() - began
+        return failure("broadcast", self.rank, self._size, elapsed, seconds, reason)
+
 
 class GlooChannel(Channel):
-    """A gloo group of torch, whose broadcasts run in threads of its own."""
+    """A transfer over a gloo group of torch, whose broadcasts run in threads of its own."""
 
-    ahead = True
-
-    def __init__(self, group: ProcessGroup, src: int | None, timeout: float | None) -> None:
-        super().__init__(group, src, timeout)
-        self.typed = False
-        self._broadcast = c10d.BroadcastOptions()
-        self._broadcast.rootRank = self.src
-        if timeout is not None:
+    def _start(self, tensor: torch.Tensor) -> Finish:
+        options, began = c10d.BroadcastOptions(), time.monotonic()
+        options.rootRank = self.src
+        if self._timeout is not None:
             # gloo's thread gives up too, or destroying the group would wait for its own timeout
-            self._broadcast.timeout = wait_of(timeout)
-
-    def start(self, tensor: torch.Tensor) -> Finish:
-        """Hand the broadcast to gloo's threads."""
-        began = time.monotonic()
-        with self._naming(began):
-            work = self._communicator.broadcast([tensor], self._broadcast)
-
-        def finish() -> None:
-            with self._naming(began):
-                if self._timeout is None:
-                    work.wait()
-                else:
-                    work.wait(wait_of(self._timeout))
-
-        return finish
-
-    @contextmanager
-    def _naming(self, began: float) -> Iterator[None]:
+            options.timeout = wait_of(self._timeout)
         try:
-            yield
+            work = self._communicator.broadcast([tensor], options)
         except RuntimeError as error:
-            elapsed = time.monotonic() - began
-            raise failure(
-                "broadcast", self.rank, self.world_size, elapsed, self._timeout, error
-            ) from error
+            raise self._failure(began, self._timeout, error) from error
+        return lambda: self._wait_for(work, began)
+
+    def _wait_for(self, work: Any, began: float) -> None:
+        """Wait in pieces: Ctrl-C does nothing while torch waits."""
+        end = math.inf if self._timeout is None else time.monotonic() + self._timeout
+        while not work.is_completed() and (left := end - time.monotonic()) > 0:
+            with suppress(RuntimeError):  # the piece has passed, or the work has failed
+                work.wait(wait_of(min(left, _INTERRUPT_SECONDS)))
+        try:
+            work.wait(wait_of(0))
+        except RuntimeError as error:
+            raise self._failure(began, self._timeout, error) from error
 
 
 class CudaChannel(Channel):
-    """A communicator of a GPU, or an NCCL group of torch."""
+    """A transfer over a communicator of a GPU, or over an NCCL group of torch."""
 
     ahead = True
 
@@ -123,7 +138,7 @@ class CudaChannel(Channel):
         self, communicator: Any, src: int | None, timeout: float | None, device: torch.device
     ) -> None:
         super().__init__(communicator, src, timeout)
-        self.typed, self.device = False, device
+        self.device = device
         own = getattr(communicator, "timeout", None)
         own = float(own) if isinstance(own, (int, float)) else _CUDA_SECONDS
         self._seconds = own if timeout is None else timeout
@@ -144,7 +159,7 @@ class CudaChannel(Channel):
         with torch.cuda.stream(stream):
             yield
 
-    def start(self, tensor: torch.Tensor) -> Finish:
+    def _start(self, tensor: torch.Tensor) -> Finish:
         """Launch the broadcast on the current stream, after the one that was launched before it.
 
         NCCL takes the operations of a communicator one by one, in one order on all ranks. The two
@@ -165,17 +180,13 @@ class CudaChannel(Channel):
         end = time.monotonic() + self._seconds
         while not ended.query():
             if time.monotonic() > end:
-                self._give_up(time.monotonic() - began)
+                if hasattr(self._communicator, "wait"):
+                    self._communicator.wait(0.0)  # aborts and raises, unless it has ended just now
+                    return
+                if isinstance(self._communicator, ProcessGroup):
+                    torch_versions.abort(self._communicator)
+                raise self._failure(began, self._seconds, TimeoutError("timed out"))
             time.sleep(_POLL_SECONDS)
-
-    def _give_up(self, elapsed: float) -> None:
-        if hasattr(self._communicator, "wait"):
-            self._communicator.wait(0.0)  # aborts and raises, unless it has ended just now
-            return
-        if isinstance(self._communicator, ProcessGroup):
-            torch_versions.abort(self._communicator)
-        reason = TimeoutError("timed out")
-        raise failure("broadcast", self.rank, self.world_size, elapsed, self._seconds, reason)
 
     def hand_over(self, tensor: torch.Tensor) -> None:
         """Keep the memory from being used again before the caller's stream is done with it."""
@@ -183,42 +194,40 @@ class CudaChannel(Channel):
 
 
 def channel_of(communicator: Any, src: int | None, timeout: float | None) -> Channel:
-    """The channel for a communicator.
+    """The channel for one transfer over a communicator.
 
     Args:
         communicator: a ProcessGroup of torch, or an object with ``rank``, ``world_size`` and
-            ``broadcast(tensor, src)``. If it has a ``device``, its broadcast goes by the bytes of
-            the tensor alone, and in place; else it carries the tensor as an object.
+            ``broadcast(tensor, src)``, which writes in place or returns the tensor.
         src: the rank that sends; None for this one.
         timeout: in seconds, for each broadcast; None for the communicator's own.
 
     Raises:
         ValueError: an argument is none of these, or the communicator has no timeout to set.
+        CollectiveError: its last transfer did not end.
     """
     if timeout is not None and check_seconds("timeout", timeout) < 0:
         raise ValueError(f"timeout={timeout}: must be finite seconds, at least 0")
-    if isinstance(communicator, ProcessGroup):
-        if any(device.type == "cuda" for device in communicator._device_types):
-            device = torch.device("cuda", torch.cuda.current_device())
-            return CudaChannel(communicator, src, timeout, device)
-        return GlooChannel(communicator, src, timeout)
     device = torch.device(getattr(communicator, "device", "cpu"))
+    if isinstance(communicator, ProcessGroup):
+        if all(kind.type != "cuda" for kind in communicator._device_types):
+            return GlooChannel(communicator, src, timeout)
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cuda":
         return CudaChannel(communicator, src, timeout, device)
-    return Channel(communicator, src, timeout)
+    channel = Channel(communicator, src, timeout)
+    if timeout is not None and not takes_timeout(communicator):
+        raise ValueError(
+            f"timeout={timeout}: must be None for {type(communicator).__name__}, whose broadcast "
+            f"takes no timeout and ends by one of its own"
+        )
+    return channel
 
 
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Begin the text of an error with what was on the way. Its class stays."""
-    try:
-        yield
-    except Exception as error:
-        if error.args and isinstance(error.args[0], str):
-            error.args = (f"{what}: {error.args[0]}", *error.args[1:])
-        else:
-            error.add_note(what)
-        raise
+def takes_timeout(communicator: Any) -> bool:
+    """Whether its ``broadcast`` has an argument ``timeout``."""
+    is_torch = isinstance(communicator, ProcessGroup)  # its options have it, and no signature
+    return not is_torch and "timeout" in inspect.signature(communicator.broadcast).parameters
 
 
 def _place(communicator: Any) -> tuple[int, int]:
@@ -233,17 +242,3 @@ def _place(communicator: Any) -> tuple[int, int]:
             f"communicator={communicator!r:.80}: must be a ProcessGroup of torch, or have rank, "
             f"world_size and broadcast(tensor, src); {error}"
         ) from None
-
-
-def _timeout_argument(communicator: Any, timeout: float | None) -> dict[str, float]:
-    """What hands the timeout on to a communicator's ``broadcast``."""
-    if timeout is None or isinstance(communicator, ProcessGroup):
-        return {}
-    if "timeout" in inspect.signature(communicator.broadcast).parameters:
-        return {"timeout": timeout}
-    if torch.device(getattr(communicator, "device", "cpu")).type == "cuda":
-        return {}
-    raise ValueError(
-        f"timeout={timeout}: must be None for {type(communicator).__name__}, whose broadcast takes "
-        f"no timeout and ends by one of its own"
-    )

@@ -2,15 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from refdist.checks import check_integer
-from refdist.weights.descriptions import Weight, weights_of_metas
-
-BUFFER_BYTES = 2**30
-"""The size at which vLLM flushes a buffer, unless it is told another."""
+from refdist.objects.tensors import plain
+from refdist.weights.descriptions import Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,75 +55,45 @@ def cut(weights: Iterable[Weight], packed: bool, buffer_bytes: int) -> Iterator[
         yield Chunk(first, tuple(some))
 
 
-def check_buffer_bytes(buffer_bytes: Any) -> int:
-    """``buffer_bytes`` as an int, at least 1; else a ValueError."""
-    number = check_integer("buffer_bytes", buffer_bytes)
-    if number < 1:
-        raise ValueError(f"buffer_bytes={number}: must be at least 1")
-    return number
-
-
-def misaligned(metas: Iterable[Any], buffer_bytes: int = BUFFER_BYTES) -> list[str]:
-    """The names of those weights which vLLM's consumer cannot read, if they are sent packed.
-
-    It looks at the bytes of a tensor in place. Torch refuses to do so if the bytes before the
-    tensor in its chunk are no multiple of the size of its elements: three bfloat16 and then a
-    float32, for example. vLLM's rank raises a RuntimeError then, and takes part in no further
-    broadcast. ``receive_weights`` copies such a tensor instead. Weights of one dtype are always
-    aligned, and so are those that are sorted by the size of their elements, the largest first.
-
-    Args:
-        metas: as ``describe`` gives them.
-        buffer_bytes: as for ``send_weights``.
-    """
-    found = []
-    for chunk in cut(weights_of_metas(metas), True, check_buffer_bytes(buffer_bytes)):
-        for weight, offset in _offsets(chunk):
-            if offset % weight.dtype.itemsize:
-                found.append(weight.name)
-    return found
-
-
-def _offsets(chunk: Chunk) -> Iterator[tuple[Weight, int]]:
-    offset = 0
-    for weight in chunk.weights:
-        yield weight, offset
-        offset += weight.num_bytes
-
-
-def bytes_in_place(weight: Weight, device: torch.device) -> torch.Tensor | None:
-    """The memory of the weight's tensor as uint8, if it is the bytes that travel; else None.
+def bytes_in_place(chunk: Chunk, device: torch.device) -> torch.Tensor | None:
+    """The memory of the chunk's only tensor as uint8, if it is the bytes that travel; else None.
 
     It is not if the tensor is elsewhere or has gaps, or if torch negates or conjugates its elements
     when they are read.
     """
-    tensor = weight.tensor
-    if tensor is None or tensor.device != device or not tensor.is_contiguous():
+    tensor = chunk.weights[0].tensor
+    if tensor is None or len(chunk.weights) > 1 or tensor.device != device:
         return None
-    if tensor.is_conj() or tensor.is_neg():
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return None
     return tensor.view(-1).view(torch.uint8)
 
 
 def pack(chunk: Chunk, memory: torch.Tensor) -> None:
     """Copy the tensors of a chunk into its bytes, one after the other, without gaps."""
-    for weight, offset in _offsets(chunk):
+    for weight, part in _parts(chunk, memory):
         assert weight.tensor is not None
-        part = memory[offset : offset + weight.num_bytes]
-        if offset % weight.dtype.itemsize == 0:
+        if _aligned(weight, part):
             _as(weight, part).copy_(weight.tensor)
         else:
-            plain = weight.tensor.resolve_conj().resolve_neg().contiguous()
-            part.copy_(plain.view(-1).view(torch.uint8))
+            part.copy_(plain(weight.tensor).view(-1).view(torch.uint8))
 
 
 def unpack(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[Weight, torch.Tensor]]:
     """The tensors in the bytes of a chunk: views of them, or a copy of one that is misaligned."""
-    for weight, offset in _offsets(chunk):
-        part = memory[offset : offset + weight.num_bytes]
-        if offset % weight.dtype.itemsize:
-            part = part.clone()
-        yield weight, _as(weight, part)
+    for weight, part in _parts(chunk, memory):
+        yield weight, _as(weight, part if _aligned(weight, part) else part.clone())
+
+
+def _parts(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[Weight, torch.Tensor]]:
+    offset = 0
+    for weight in chunk.weights:
+        yield weight, memory[offset : offset + weight.num_bytes]
+        offset += weight.num_bytes
+
+
+def _aligned(weight: Weight, part: torch.Tensor) -> bool:
+    return part.storage_offset() % weight.dtype.itemsize == 0
 
 
 def _as(weight: Weight, part: torch.Tensor) -> torch.Tensor:
