@@ -29,7 +29,7 @@ def impatient(engines):
     """Engines on which a check gives up soon: for answers that let a rank wait in vain."""
     define(engines, "import refdist.lab.exercises.weights as checks")
     define(engines, "before = checks._SECONDS, checks._CALL_SECONDS")
-    define(engines, "checks._SECONDS, checks._CALL_SECONDS = 0.5, 2.0")
+    define(engines, "checks._SECONDS, checks._CALL_SECONDS = 2.0, 8.0")
     yield engines
     define(engines, "checks._SECONDS, checks._CALL_SECONDS = before")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import LOCAL, run_ranks
+from ranks import LOCAL, interrupt, run_ranks, until
 from vllm_module import NEWEST, import_vllm, needs_vllm
 
 from refdist import (
@@ -862,13 +862,18 @@ def send_or_receive(weights, group, **options):
 
 
 def interrupted(here, on_rank, packed):
-    group, began = form(here), time.monotonic()
+    group, weights, sent = form(here), large_weights(), []
     if here.rank == on_rank:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        def interrupt_the_transfer():
+            until(lambda: past_of(group).unfinished)
+            sent.append(interrupt(os.getpid()))
+
+        threading.Thread(target=interrupt_the_transfer, daemon=True).start()
         options = {"packed": packed, "buffer_bytes": 2 * LARGE, "timeout": 3 * SLACK}
         with pytest.raises(KeyboardInterrupt):
-            send_or_receive(large_weights(), group, **options)
-        assert time.monotonic() - began < SLACK
+            send_or_receive(weights, group, **options)
+        assert time.monotonic() - sent[0] < SLACK
         refused(here, group)
     here.meet("end")
 
