@@ -141,6 +141,12 @@ def test_backend_needs_a_gpu_for_each_rank():
 ALL_REDUCE = ["allreduce", "--sizes", "1024", "65536", "--repeats", "2"]
 
 
+def test_nccl_needs_gpus(capsys):
+    with pytest.raises(SystemExit):
+        main(["nccl", "--world-size", "99"])
+    assert "99 ranks: must be at least 2, on a GPU each, and torch finds" in capsys.readouterr().err
+
+
 def test_all_reduce_on_the_command_line(capsys, tmp_path):
     output = tmp_path / "timings.jsonl"
     main([*ALL_REDUCE, "--world-size", "2", "--backend", "gloo", "--output", str(output)])

@@ -1,5 +1,6 @@
 """NcclCommunicator: its errors without CUDA, and its operations and deadlines on GPUs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from ranks import interrupt, run_ranks
 from torch.distributed import ReduceOp
 
 from refdist import CollectiveError, MessageError, MessageTimeoutError
+from refdist.benchmarks.__main__ import main
 from refdist.benchmarks.ways import WITHOUT_MULTICAST
 from refdist.nccl import NcclCommunicator, library, new_unique_id_bytes
 
@@ -700,3 +702,27 @@ def test_communicators_leave_nothing_behind():
         memory, files, threads = zip(*counts, strict=True)
         assert memory[-1] <= memory[1] + 8, counts
         assert files[-1] <= files[1] + 1 and threads[-1] <= threads[1] + 1, counts
+
+
+@gpus(2)
+def test_nccl_on_the_command_line(tmp_path, capsys):
+    output = tmp_path / "nccl.jsonl"
+    sizes = [2**16, 2**21]
+    main(
+        [
+            "nccl", "--sizes", *map(str, sizes), "--repeats", "2", "--layers", "1",
+            "--vocabulary", "1000", "--buffer-mib", "4", "--output", str(output),
+        ]
+    )  # fmt: skip
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    calls = [
+        (r["operation"], r["way"], r["num_bytes"]) for r in records if r["benchmark"] == "nccl"
+    ]
+    assert calls == [
+        (operation, way, size)
+        for size, ways in zip(sizes, (["alone", "row", "graph"], ["row"]), strict=True)
+        for operation in ("all_reduce", "broadcast")
+        for way in ways
+    ]
+    assert len([r for r in records if r["benchmark"] == "nccl weights"]) >= 2
+    assert len(capsys.readouterr().out.splitlines()) == 3 + len(records)

@@ -88,6 +88,9 @@ class _Platform:
 
     is_cuda_alike = is_cuda
 
+    def fp8_dtype(self):
+        return torch.float8_e4m3fn
+
     def __getattr__(self, name):
         if name.startswith("is_"):  # every other platform
             return lambda: False

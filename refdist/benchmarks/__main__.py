@@ -1,6 +1,7 @@
 """``python -m refdist.benchmarks NAME``: run a benchmark and print its results."""
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -22,6 +23,8 @@ from refdist.benchmarks.control import (
 )
 from refdist.benchmarks.data_plane import DTYPES, Plan, run_all_reduce
 from refdist.benchmarks.launch import under_torchrun
+from refdist.benchmarks.nccl import SIZES as NCCL_SIZES
+from refdist.benchmarks.nccl import NcclPlan, NcclTiming, nccl4py_version, time_nccl
 from refdist.benchmarks.records import append_records, describe_machine, to_record
 from refdist.benchmarks.secret import WORLD_SIZES as SECRET_WORLD_SIZES
 from refdist.benchmarks.secret import time_secret
@@ -29,7 +32,7 @@ from refdist.benchmarks.small import SIZES as SMALL_SIZES
 from refdist.benchmarks.small import WORLD_SIZES as SMALL_WORLD_SIZES
 from refdist.benchmarks.small import time_small_sums
 from refdist.benchmarks.ways import WAYS
-from refdist.benchmarks.weights import LAYERS, VOCABULARY, time_weights
+from refdist.benchmarks.weights import LAYERS, VOCABULARY, WeightsTiming, time_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_cpu_allreduce(benchmarks)
     _add_secret(benchmarks)
     _add_weights(benchmarks)
+    _add_nccl(benchmarks)
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: must be at least 1")
@@ -131,6 +135,82 @@ def _weights(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
                 f"{timing.bytes_per_second / 1e9:6.2f} {timing.ratio:17.2f}",
                 flush=True,
             )
+
+
+def _add_nccl(benchmarks: Any) -> None:
+    nccl = benchmarks.add_parser(
+        "nccl", help="NcclCommunicator beside torch's NCCL group, and weights by it, on GPUs"
+    )
+    nccl.add_argument("--world-size", type=int, help="number of ranks, one GPU each")
+    nccl.add_argument(
+        "--sizes", type=int, nargs="*", default=NCCL_SIZES, help="bytes of the tensor on each rank"
+    )
+    nccl.add_argument(
+        "--buffer-mib", type=int, nargs="*", default=[1024, 128], help="buffers for the weights"
+    )
+    nccl.add_argument("--layers", type=int, default=LAYERS, help="of Qwen2.5-0.5B")
+    nccl.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of Qwen2.5-0.5B")
+    nccl.add_argument("--repeats", type=int, default=9)
+    nccl.add_argument("--json", action="store_true", help="one JSON object a line")
+    nccl.add_argument("--output", type=Path, help="file to append the JSON lines to as well")
+    nccl.set_defaults(run=_nccl)
+
+
+def _nccl(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    gpus = torch.cuda.device_count()
+    ranks = gpus if options.world_size is None else options.world_size
+    if not 2 <= ranks <= gpus:
+        parser.error(f"{ranks} ranks: must be at least 2, on a GPU each, and torch finds {gpus}")
+    if importlib.util.find_spec("nccl") is None:
+        parser.error("nccl4py is not installed: pip install refdist[nccl]")
+    bad = [size for size in options.sizes if size < 4 or size % 4]
+    if bad:
+        parser.error(f"--sizes {bad[0]}: must be multiples of 4, above 0")
+    if min(options.buffer_mib, default=1) < 1:
+        parser.error(f"--buffer-mib {min(options.buffer_mib)}: must be at least 1")
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: its folder must exist")
+    buffers = [mib * 2**20 for mib in options.buffer_mib]
+    plan = NcclPlan(
+        ranks, options.sizes, buffers, options.layers, options.vocabulary, options.repeats
+    )
+    calls, weights = time_nccl(plan)
+    machine = describe_machine() | nccl4py_version()
+    records = [
+        {"benchmark": "nccl"} | asdict(timing) | {"bus_bandwidth": timing.bus_bandwidth} | machine
+        for timing in calls
+    ]
+    records += [{"benchmark": "nccl weights"} | asdict(timing) | machine for timing in weights]
+    if options.json:
+        for record in records:
+            print(json.dumps(record))
+    else:
+        _print_nccl(calls, weights, machine)
+    if options.output:
+        append_records(options.output, records)
+
+
+def _print_nccl(
+    calls: Sequence[NcclTiming], weights: Sequence[WeightsTiming], machine: dict[str, str]
+) -> None:
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(
+        f"{'operation':10} {'way':6} {'bytes':>11} {'refdist (us)':>13} {'torch (us)':>11} "
+        f"{'ratio':>6} {'launch':>8} {'torch':>8} {'bus (GB/s)':>11} {'torch':>7}"
+    )
+    for timing in calls:
+        print(
+            f"{timing.operation:10} {timing.way:6} {timing.num_bytes:11} "
+            f"{timing.seconds * 1e6:13.2f} {timing.torch_seconds * 1e6:11.2f} {timing.ratio:6.3f} "
+            f"{timing.launch_seconds * 1e6:8.2f} {timing.torch_launch_seconds * 1e6:8.2f} "
+            f"{timing.bus_bandwidth / 1e9:11.2f} {timing.torch_bus_bandwidth / 1e9:7.2f}"
+        )
+    print(f"{'weights':14} {'buffer (MiB)':>12} {'time (ms)':>10} {'GB/s':>6} {'bare / time':>12}")
+    for sent in weights:
+        print(
+            f"{sent.way:14} {sent.buffer_bytes // 2**20:12} {sent.seconds * 1e3:10.3f} "
+            f"{sent.bytes_per_second / 1e9:6.1f} {sent.ratio:12.3f}"
+        )
 
 
 def _secret(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
