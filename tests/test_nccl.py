@@ -715,10 +715,8 @@ def test_nccl_on_the_command_line(tmp_path, capsys):
         ]
     )  # fmt: skip
     records = [json.loads(line) for line in output.read_text().splitlines()]
-    calls = [
-        (r["operation"], r["way"], r["num_bytes"]) for r in records if r["benchmark"] == "nccl"
-    ]
-    assert calls == [
+    calls = [record for record in records if record["benchmark"] == "nccl"]
+    assert [(call["operation"], call["way"], call["num_bytes"]) for call in calls] == [
         (operation, way, size)
         for size, ways in zip(sizes, (["alone", "row", "graph"], ["row"]), strict=True)
         for operation in ("all_reduce", "broadcast")

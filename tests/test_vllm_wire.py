@@ -725,7 +725,10 @@ def test_bad_arguments(options, text):
 
 def test_from_env(monkeypatch):
     monkeypatch.setenv("REFDIST_SECRET", "a secret of other groups")
-    group = StatelessProcessGroup.from_env(host=LOCAL, port=0, rank=0, world_size=1, wire="vllm")
+    with pytest.warns(InsecureGroupWarning, match="REFDIST_SECRET does not protect this group"):
+        group = StatelessProcessGroup.from_env(
+            host=LOCAL, port=0, rank=0, world_size=1, wire="vllm"
+        )
     with pytest.raises(ValueError, match="realign: vLLM's protocol has nothing"):
         group.realign()
     group.events = []

@@ -978,3 +978,31 @@ def test_the_benchmark(capsys):
         with pytest.raises(SystemExit):
             main(["weights", *bad])
         assert bad[0] in capsys.readouterr().err
+
+
+# A tensor of 0 or 1 elements is contiguous, whatever its strides are.
+
+
+def odd_strides(here):
+    group = form(here)
+    weights = {
+        "byte": torch.ones(1, dtype=torch.int8),  # so that the next one is misaligned in its chunk
+        "one": torch.arange(2.0).view(1, 2)[:, 1],
+        "none": torch.ones(0, 2)[:, 0],
+    }
+    for packed in (True, False):
+        if here.rank == 0:
+            send_weights(weights, group, packed=packed)
+        else:
+            received = dict(receive_weights(describe(weights), group, 0, packed=packed))
+            assert all(torch.equal(received[name], weights[name]) for name in weights)
+    here.meet("end")
+
+
+def test_odd_strides():
+    run_ranks(odd_strides, 2)
+
+
+def test_agree_wants_a_group_of_refdist():
+    with pytest.raises(ValueError, match="group is a list of builtins; agree"):
+        agree([], [], 0)

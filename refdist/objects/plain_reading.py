@@ -20,7 +20,7 @@ from refdist.errors import MessageError
 _RULE = (
     "a plain message holds only None, bool, int, float, complex, str, bytes, bytearray, list, "
     "tuple, dict, OrderedDict, set, frozenset, and CPU tensors (without attributes of their own), "
-    "sizes and dtypes of torch"
+    'sizes and dtypes of torch; messages="pickle" reads anything, and runs what a message names'
 )
 _KEY_LEVELS = 100  # the hash of nested tuples is computed by recursion in C
 _KEY_PARTS = 1 << 20  # of all keys; a part that is shared counts again, as it is hashed again

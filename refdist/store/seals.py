@@ -153,6 +153,12 @@ def secret_from(given: bytes | str | None, wire: str | None = None) -> Secret | 
     if wire is not None:
         if given is not None:
             raise ValueError(f"secret: cannot be used with wire={wire!r}, which has no tags")
+        if VARIABLE in os.environ:
+            warnings.warn(
+                f"{VARIABLE} does not protect this group: vLLM's protocol has no tags",
+                InsecureGroupWarning,
+                stacklevel=3,
+            )
         return None
     if given is None:
         name, given = VARIABLE, os.environ.get(VARIABLE)

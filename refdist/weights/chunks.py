@@ -66,7 +66,7 @@ def bytes_in_place(chunk: Chunk, device: torch.device) -> torch.Tensor | None:
         return None
     if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return None
-    return tensor.view(-1).view(torch.uint8)
+    return _bytes_of(tensor)
 
 
 def pack(chunk: Chunk, memory: torch.Tensor) -> None:
@@ -76,13 +76,18 @@ def pack(chunk: Chunk, memory: torch.Tensor) -> None:
         if _aligned(weight, part):
             _as(weight, part).copy_(weight.tensor)
         else:
-            part.copy_(plain(weight.tensor).view(-1).view(torch.uint8))
+            part.copy_(_bytes_of(plain(weight.tensor)))
 
 
 def unpack(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[Weight, torch.Tensor]]:
     """The tensors in the bytes of a chunk: views of them, or a copy of one that is misaligned."""
     for weight, part in _parts(chunk, memory):
         yield weight, _as(weight, part if _aligned(weight, part) else part.clone())
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor. One of 0 or 1 elements may have any stride."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _parts(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[Weight, torch.Tensor]]:

@@ -108,6 +108,11 @@ def agree(
             MessageTimeoutError, if a rank did not come in time.
         ValueError: an argument is wrong, on this rank; the others wait for it until their timeout.
     """
+    if not isinstance(group, StatelessProcessGroup):
+        raise ValueError(
+            f"group is a {type(group).__name__} of {type(group).__module__}; agree() needs a "
+            f"StatelessProcessGroup of refdist on every rank"
+        )
     src = check_rank(src, group.world_size, "src")
     mine = None if metas is None else weights_of_metas(metas)
     if mine is None and group.rank == src:
