@@ -6,17 +6,22 @@ ways take turns.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from refdist.benchmarks.weights import WAYS, WeightsTiming, qwen_weights
+from refdist.benchmarks.weights import (
+    WAYS,
+    WeightsTiming,
+    check_weights,
+    fill,
+    qwen_weights,
+    ways_of,
+)
 from refdist.nccl import NcclCommunicator
-from refdist.weights import describe, receive_into, receive_weights, send_weights
 
 WeightRounds = tuple[int, dict[str, list[float]]]
 """The bytes of the weights, and the seconds of each way in each round."""
@@ -55,15 +60,17 @@ def time_weights(
         name: tensor.to(communicator.device)
         for name, tensor in qwen_weights(layers, vocabulary).items()
     }
-    run = _ways(weights, communicator, buffer_bytes)
+    sends = communicator.rank == 0
+    run = ways_of(
+        weights, communicator, sends, buffer_bytes, lambda part: communicator.broadcast(part, 0)
+    )
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(-2, rounds):  # the first round verifies, the second warms up
         order = deque(WAYS)
         order.rotate(number)
         for way in order:
             if number == -2:
-                for place, tensor in enumerate(weights.values()):
-                    tensor.fill_(place % 250 + 1 if communicator.rank == 0 else 0)
+                fill(weights, communicator.rank)
             _meet(group, communicator.device)
             start = time.perf_counter()
             run[way]()
@@ -71,51 +78,8 @@ def time_weights(
             if number >= 0:
                 times[way].append(time.perf_counter() - start)
             elif number == -2 and way in ("one by one", "packed, into"):
-                _check(weights, way)
+                check_weights(weights, way)
     return sum(tensor.nbytes for tensor in weights.values()), times
-
-
-def _ways(
-    weights: dict[str, torch.Tensor], communicator: NcclCommunicator, buffer_bytes: int
-) -> dict[str, Callable[[], None]]:
-    metas = describe(weights)
-    num_bytes = sum(tensor.nbytes for tensor in weights.values())
-    everything = torch.zeros(num_bytes, dtype=torch.uint8, device=communicator.device)
-
-    def bare() -> None:
-        for start in range(0, num_bytes, buffer_bytes):
-            communicator.broadcast(everything[start : start + buffer_bytes], 0)
-
-    def hand_over(packed: bool) -> None:
-        options: dict[str, Any] = {"packed": packed, "buffer_bytes": buffer_bytes}
-        if communicator.rank == 0:
-            send_weights(weights, communicator, **options)
-        else:
-            receive_into(weights, communicator, 0, **options)
-
-    def views() -> None:
-        if communicator.rank == 0:
-            return hand_over(True)
-        for _ in receive_weights(metas, communicator, 0, buffer_bytes=buffer_bytes):
-            pass
-        return None
-
-    return {
-        "bare": bare,
-        "one by one": lambda: hand_over(False),
-        "packed": views,
-        "packed, into": lambda: hand_over(True),
-    }
-
-
-def _check(weights: dict[str, torch.Tensor], way: str) -> None:
-    wrong = [
-        name
-        for place, (name, tensor) in enumerate(weights.items())
-        if not bool((tensor == place % 250 + 1).all())
-    ]
-    if wrong:
-        raise RuntimeError(f"{way}: {len(wrong)} weights arrived wrong, first {wrong[0]}")
 
 
 def _meet(group: ProcessGroup, device: torch.device) -> None:

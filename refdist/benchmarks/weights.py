@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup, Store
+from torch.distributed import Store
 
 from refdist.benchmarks.data_plane import form_group
 from refdist.benchmarks.launch import LOCAL, run_ranks
@@ -121,7 +122,9 @@ def _time_as_rank(
     """The bytes of the weights, and the seconds of each way in each repeat."""
     group, _ = form_group(rank, world_size, board, LOCAL, "gloo")
     weights = qwen_weights(layers, vocabulary)
-    ways = _ways(weights, group, buffer_bytes)
+    ways = ways_of(
+        weights, group, rank == 0, buffer_bytes, lambda part: collectives.broadcast(part, 0, group)
+    )
     times: dict[str, list[float]] = {way: [] for way in ways}
     # the first repeat warms up, and checks that all weights arrive
     for repeat in range(repeats + 1):
@@ -129,7 +132,7 @@ def _time_as_rank(
         order.rotate(repeat)
         for way in order:
             if repeat == 0:
-                _fill(weights, rank)
+                fill(weights, rank)
             collectives.barrier(group)
             start = time.perf_counter()
             ways[way]()
@@ -137,31 +140,37 @@ def _time_as_rank(
             if repeat > 0:
                 times[way].append(time.perf_counter() - start)
             elif way in ("one by one", "packed, into"):
-                _check(weights, way)
+                check_weights(weights, way)
     stateless_destroy_torch_distributed_process_group(group)
     return sum(tensor.nbytes for tensor in weights.values()), times
 
 
-def _ways(
-    weights: dict[str, torch.Tensor], group: ProcessGroup, buffer_bytes: int
+def ways_of(
+    weights: dict[str, torch.Tensor],
+    communicator: Any,
+    sends: bool,
+    buffer_bytes: int,
+    broadcast: Callable[[torch.Tensor], None],
 ) -> dict[str, Callable[[], None]]:
-    sends, metas = group.rank() == 0, describe(weights)
-    everything = torch.zeros(sum(tensor.nbytes for tensor in weights.values()), dtype=torch.uint8)
+    """One function for each way of ``WAYS``. ``broadcast`` is the bare one, from rank 0."""
+    metas, any_weight = describe(weights), next(iter(weights.values()))
+    num_bytes = sum(tensor.nbytes for tensor in weights.values())
+    everything = torch.zeros(num_bytes, dtype=torch.uint8, device=any_weight.device)
 
     def bare() -> None:
-        for start in range(0, len(everything), buffer_bytes):
-            collectives.broadcast(everything[start : start + buffer_bytes], 0, group)
+        for start in range(0, num_bytes, buffer_bytes):
+            broadcast(everything[start : start + buffer_bytes])
 
     def hand_over(packed: bool) -> None:
         if sends:
-            send_weights(weights, group, packed=packed, buffer_bytes=buffer_bytes)
+            send_weights(weights, communicator, packed=packed, buffer_bytes=buffer_bytes)
         else:
-            receive_into(weights, group, 0, packed=packed, buffer_bytes=buffer_bytes)
+            receive_into(weights, communicator, 0, packed=packed, buffer_bytes=buffer_bytes)
 
     def views() -> None:
         if sends:
             return hand_over(True)
-        for _ in receive_weights(metas, group, 0, buffer_bytes=buffer_bytes):
+        for _ in receive_weights(metas, communicator, 0, buffer_bytes=buffer_bytes):
             pass
         return None
 
@@ -177,13 +186,14 @@ def _content(number: int) -> float:
     return float(number % 250 + 1)
 
 
-def _fill(weights: dict[str, torch.Tensor], rank: int) -> None:
+def fill(weights: dict[str, torch.Tensor], rank: int) -> None:
     """A number of its own in each weight of the source, and zeros elsewhere."""
     for number, tensor in enumerate(weights.values()):
         tensor.fill_(_content(number) if rank == 0 else 0)
 
 
-def _check(weights: dict[str, torch.Tensor], way: str) -> None:
+def check_weights(weights: dict[str, torch.Tensor], way: str) -> None:
+    """Raise RuntimeError unless each weight has what ``fill`` gave it on the source."""
     wrong: Sequence[str] = [
         name
         for number, (name, tensor) in enumerate(weights.items())

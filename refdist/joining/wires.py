@@ -14,7 +14,7 @@ from refdist.vllm_wire.messages import encode as vllm_encode
 
 
 class Wire(NamedTuple):
-    """What varies between groups. Their barriers vary too: these are made when the ranks meet.
+    """A protocol: the strategies in which groups differ. Barriers are made when ranks meet.
 
     Attributes:
         name: as the argument ``wire`` has it; None for refdist's own.

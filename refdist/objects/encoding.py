@@ -120,7 +120,7 @@ _LOADS: dict[str, Loads] = {"pickle": _anything, "plain": plain_data.loads}
 
 
 def loads_of(messages: str) -> Loads:
-    """What unpickles the messages of a group.
+    """The function that unpickles the messages of a group.
 
     Raises:
         ValueError: it is neither ``"pickle"`` nor ``"plain"``.

@@ -246,7 +246,7 @@ class Mailbox:
 
 
 def converted(kept: dict[Any, Any], name: Any, convert: Convert | None) -> Any:
-    """What is returned for an object that is kept under its name.
+    """Convert an object that is kept under its name, and return it.
 
     Raises:
         MessageError: of ``convert``. The object is not kept.

@@ -139,7 +139,7 @@ def _storage(_: Reader, memory: bytearray, dtype: torch.dtype) -> _Storage:
 
 
 def _saved_storage(reader: Reader, data: bytes) -> _Storage:
-    """What torch.save wrote: five pickles, the number of elements in 8 bytes, and the memory."""
+    """Read what torch.save wrote: five pickles, the number of elements in 8 bytes, the memory."""
     reader.take(len(data))
     file = BytesIO(data)
     match [_StorageReader(file, len(data)).load() for _ in range(5)]:

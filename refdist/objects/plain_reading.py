@@ -46,7 +46,7 @@ class Reader(_Base):  # type: ignore[misc]
         self.parts = _KEY_PARTS + 16 * size
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the table says of a name. Nothing is imported."""
+        """Look a name up in the table. Nothing is imported."""
         self.named = True
         if (module, name) not in self.names:
             refuse(f"{module}.{name}")
@@ -158,7 +158,7 @@ Reader.dispatch = {
 
 @dataclass(frozen=True)
 class Call:
-    """What a name of a function stands for; ``make`` gets the reader and the arguments."""
+    """A function that a message may call; ``make`` gets the reader and the arguments."""
 
     name: str
     make: Callable[..., Any]

@@ -50,7 +50,7 @@ class Unpickler(pickle.Unpickler):
     """As pickle's, which runs what a message names, but reads vLLM's ids without vLLM."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        """What a message names: for vLLM's name ``class_here()``, and else what pickle finds."""
+        """Find what a message names: ``class_here()`` for vLLM's name, else what pickle finds."""
         if (module_name, global_name) == VLLM_NAME:
             return class_here()
         return super().find_class(module_name, global_name)

@@ -43,7 +43,7 @@ class _Pickler(pickle.Pickler):
 
 
 class Messages:
-    """What a rank sends and receives. ``bind`` makes them those of a group."""
+    """The messages that a rank sends and receives. ``bind`` makes them those of a group."""
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self.store = store if isinstance(store, StoreClient) else StoreClient(store)

@@ -1,4 +1,4 @@
-"""What weights are called, and their shapes and dtypes; and how all ranks agree on that."""
+"""Names, shapes and dtypes of weights, on which all ranks agree before anything moves."""
 
 import math
 import operator
@@ -58,7 +58,7 @@ class Weight:
 
 
 def describe(weights: NamedTensors) -> list[WeightMeta]:
-    """What ``receive_weights`` needs to know of weights: name, shape and dtype of each, in order.
+    """Describe weights for ``receive_weights``: name, shape and dtype of each, in order.
 
     The result is made of lists, tuples, str and int alone. So ``group.broadcast_obj`` can carry it
     in every mode, and JSON can too.
@@ -156,7 +156,7 @@ def _check_equal(name: str, announced: Sequence[Any]) -> None:
 def difference(
     number: int, here: Weight | None, where: str, there: Weight | None, whose: str
 ) -> str | None:
-    """How weight ``number`` is not the same in two places; None if it is."""
+    """Say how weight ``number`` differs in two places; None if it does not."""
     a, b = ("none" if weight is None else weight.told for weight in (here, there))
     return None if a == b else f"weight {number} is {a} {where}, and {b} {whose}"
 

@@ -1,4 +1,4 @@
-"""What the transfers over one communicator leave to the next: memory, and whether one broke off."""
+"""Each transfer over a communicator leaves something to the next: memory, or that it broke off."""
 
 import weakref
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class Memory:
 
 @dataclass
 class Past:
-    """What a communicator's transfers have left.
+    """A record of what a communicator's transfers have left.
 
     Attributes:
         memory: for chunks.

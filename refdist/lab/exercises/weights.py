@@ -218,7 +218,7 @@ def _told(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-# How an answer is tried on the engines.
+# An answer is tried on the engines.
 
 
 # a server of torch may not answer a connection that opens while others close, so this one stays
@@ -287,7 +287,7 @@ def _changed(place: int, *meta: Any) -> _Metas:
 
 
 def _cases_of_metas(last: int) -> dict[str, dict[int, tuple[_Metas, str]]]:
-    """What some ranks expect in place of ``_METAS``, and the first weight that differs."""
+    """A case: some ranks expect other weights than ``_METAS``; and the first that differs."""
     exchanged = [*_METAS[:2], _METAS[3], _METAS[2], _METAS[4]]
     turned = _changed(3, "key.weight", (6, 4), "float32")
     as_integers = _changed(1, "norm.weight", (6,), "int32")
