@@ -22,9 +22,15 @@ from torch.distributed import ProcessGroup, Store
 
 from refdist.benchmarks.data_plane import form_group
 from refdist.benchmarks.launch import LOCAL, run_ranks
-from refdist.benchmarks.nccl_weights import WeightRounds, slowest_of, time_weights
+from refdist.benchmarks.nccl_weights import time_weights
 from refdist.benchmarks.ways import WITHOUT_MULTICAST, Prepared, launching
-from refdist.benchmarks.weights import LAYERS, VOCABULARY, WeightsTiming
+from refdist.benchmarks.weights import (
+    MODEL,
+    WeightRounds,
+    WeightsTiming,
+    qwen_weights,
+    slowest_of,
+)
 from refdist.nccl import NcclCommunicator, new_unique_id_bytes
 from refdist.torch_groups.process_groups import stateless_destroy_torch_distributed_process_group
 from refdist.weights import BUFFER_BYTES
@@ -96,17 +102,19 @@ class NcclPlan:
         world_size: number of ranks, one GPU each.
         sizes: message sizes in bytes, multiples of 4.
         buffer_bytes: sizes of the buffer for weights.
-        layers: of Qwen2.5-0.5B.
-        vocabulary: of Qwen2.5-0.5B.
+        layers: of the model; None for its own.
+        vocabulary: of the model; None for its own.
         rounds: rounds that count.
+        model: a key of ``weights.MODELS``.
     """
 
     world_size: int = 2
     sizes: Sequence[int] = SIZES
-    buffer_bytes: Sequence[int] = (BUFFER_BYTES, 2**27)
-    layers: int = LAYERS
-    vocabulary: int = VOCABULARY
+    buffer_bytes: Sequence[int] = (BUFFER_BYTES, 2**28)
+    layers: int | None = None
+    vocabulary: int | None = None
     rounds: int = 9
+    model: str = MODEL
 
 
 def time_nccl(plan: NcclPlan) -> tuple[list[NcclTiming], list[WeightsTiming]]:
@@ -123,7 +131,9 @@ def time_nccl(plan: NcclPlan) -> tuple[list[NcclTiming], list[WeightsTiming]]:
     weights = [
         timing
         for buffer_bytes in plan.buffer_bytes
-        for timing in slowest_of([weights[buffer_bytes] for _, weights in ranks], buffer_bytes)
+        for timing in slowest_of(
+            [weights[buffer_bytes] for _, weights in ranks], buffer_bytes, plan.model
+        )
     ]
     return timings, weights
 
@@ -171,8 +181,9 @@ def _time_as_rank(
         for way in (WAYS if size <= max(SMALL_SIZES) else ["row"])
     }
     torch.cuda.empty_cache()
+    model = qwen_weights(plan.layers, plan.vocabulary, plan.model, device)
     weights = {
-        size: time_weights(group, communicator, size, plan.layers, plan.vocabulary, plan.rounds)
+        size: time_weights(group, communicator, size, model, plan.rounds)
         for size in plan.buffer_bytes
     }
     communicator.destroy()

@@ -6,8 +6,6 @@ ways take turns.
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -15,40 +13,19 @@ from torch.distributed import ProcessGroup
 
 from refdist.benchmarks.weights import (
     WAYS,
-    WeightsTiming,
+    WeightRounds,
     check_weights,
     fill,
-    qwen_weights,
     ways_of,
 )
 from refdist.nccl import NcclCommunicator
-
-WeightRounds = tuple[int, dict[str, list[float]]]
-"""The bytes of the weights, and the seconds of each way in each round."""
-
-
-def slowest_of(ranks: Sequence[WeightRounds], buffer_bytes: int) -> list[WeightsTiming]:
-    """The timing of each way, from what each rank measured: a round ends with its last rank."""
-    num_bytes = ranks[0][0]
-    times = {
-        way: [max(of_ranks) for of_ranks in zip(*(times[way] for _, times in ranks), strict=True)]
-        for way in WAYS
-    }
-    return [
-        WeightsTiming(
-            way, len(ranks), num_bytes, buffer_bytes, median(times[way]),
-            median(bare / own for bare, own in zip(times["bare"], times[way], strict=True)),
-        )
-        for way in WAYS
-    ]  # fmt: skip
 
 
 def time_weights(
     group: ProcessGroup,
     communicator: NcclCommunicator,
     buffer_bytes: int,
-    layers: int,
-    vocabulary: int,
+    weights: dict[str, torch.Tensor],
     rounds: int,
 ) -> WeightRounds:
     """Time each way, on every rank at the same time. The time ends when the GPU is done.
@@ -56,10 +33,6 @@ def time_weights(
     Raises:
         RuntimeError: weights arrived wrong.
     """
-    weights = {
-        name: tensor.to(communicator.device)
-        for name, tensor in qwen_weights(layers, vocabulary).items()
-    }
     sends = communicator.rank == 0
     run = ways_of(
         weights, communicator, sends, buffer_bytes, lambda part: communicator.broadcast(part, 0)

@@ -21,8 +21,7 @@ from refdist.torch_groups import collectives
 from refdist.torch_groups.process_groups import stateless_destroy_torch_distributed_process_group
 from refdist.weights import BUFFER_BYTES, describe, receive_into, receive_weights, send_weights
 
-LAYERS, VOCABULARY = 24, 151936
-_HIDDEN, _INTERMEDIATE, _KEYS_AND_VALUES = 896, 4864, 128
+MODEL = "Qwen2.5-0.5B"
 WAYS = ("bare", "one by one", "packed", "packed, into")
 
 
@@ -39,6 +38,7 @@ class WeightsTiming:
         buffer_bytes: size of the buffer.
         seconds: time from a barrier to a barrier, the median over the repeats.
         ratio: the bare broadcast's time over this one's, the median over the repeats.
+        model: a key of ``MODELS``.
     """
 
     way: str
@@ -47,6 +47,7 @@ class WeightsTiming:
     buffer_bytes: int
     seconds: float
     ratio: float
+    model: str = MODEL
 
     @property
     def bytes_per_second(self) -> float:
@@ -54,14 +55,55 @@ class WeightsTiming:
         return self.num_bytes / self.seconds
 
 
-def qwen_weights(layers: int = LAYERS, vocabulary: int = VOCABULARY) -> dict[str, torch.Tensor]:
-    """Weights of zeros with names and shapes of Qwen2.5-0.5B: 290 in bfloat16, 988 MB.
+@dataclass(frozen=True)
+class Qwen:
+    """The sizes of a model. Source: its config.json in huggingface.co/Qwen.
 
-    Source: Qwen/Qwen2.5-0.5B, config.json; the output shares the embedding.
+    Attributes:
+        layers: its layers, each of 12 weights.
+        vocabulary: rows of the embedding.
+        hidden: numbers for a token.
+        wide: numbers for a token within the feed-forward part.
+        narrow: numbers for the keys of a token, and for its values.
+        has_head: whether the output has weights of its own; else it shares the embedding.
     """
-    hidden, wide, narrow = _HIDDEN, _INTERMEDIATE, _KEYS_AND_VALUES
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (vocabulary, hidden)}
-    for layer in range(layers):
+
+    layers: int
+    vocabulary: int
+    hidden: int
+    wide: int
+    narrow: int
+    has_head: bool
+
+
+MODELS = {
+    "Qwen2.5-0.5B": Qwen(24, 151936, 896, 4864, 128, has_head=False),
+    "Qwen2.5-7B": Qwen(28, 152064, 3584, 18944, 512, has_head=True),
+}
+"""290 weights in bfloat16 of 0.99 GB, and 339 of 15.2 GB."""
+
+LAYERS, VOCABULARY = MODELS[MODEL].layers, MODELS[MODEL].vocabulary
+
+
+def qwen_weights(
+    layers: int | None = None,
+    vocabulary: int | None = None,
+    model: str = MODEL,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Weights of zeros in bfloat16 with names and shapes of a model.
+
+    Args:
+        layers: how many; None for as many as the model has.
+        vocabulary: rows of the embedding; None for those that it has.
+        model: a key of ``MODELS``.
+        device: where they are.
+    """
+    sizes = MODELS[model]
+    hidden, wide, narrow = sizes.hidden, sizes.wide, sizes.narrow
+    rows = sizes.vocabulary if vocabulary is None else vocabulary
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, hidden)}
+    for layer in range(sizes.layers if layers is None else layers):
         in_layer: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj.weight": (hidden, hidden),
             "self_attn.q_proj.bias": (hidden,),
@@ -76,10 +118,13 @@ def qwen_weights(layers: int = LAYERS, vocabulary: int = VOCABULARY) -> dict[str
             "input_layernorm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
         }
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in in_layer.items()}
-    shapes["norm.weight"] = (hidden,)
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in in_layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if sizes.has_head:
+        shapes["lm_head.weight"] = (rows, hidden)
     return {
-        f"model.{name}": torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()
+        name: torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        for name, shape in shapes.items()
     }
 
 
@@ -87,8 +132,8 @@ def time_weights(
     world_size: int = 2,
     buffer_bytes: int = BUFFER_BYTES,
     repeats: int = 9,
-    layers: int = LAYERS,
-    vocabulary: int = VOCABULARY,
+    layers: int | None = None,
+    vocabulary: int | None = None,
 ) -> list[WeightsTiming]:
     """Time each way over gloo, on ranks that are processes of this machine.
 
@@ -96,15 +141,24 @@ def time_weights(
         RuntimeError: a rank raised, died or did not end in time, or weights arrived wrong.
     """
     ranks = run_ranks(_time_as_rank, world_size, buffer_bytes, repeats, layers, vocabulary)
-    num_bytes, _ = ranks[0]
+    return slowest_of(ranks, buffer_bytes, MODEL)
+
+
+WeightRounds = tuple[int, dict[str, list[float]]]
+"""The bytes of the weights, and the seconds of each way in each round."""
+
+
+def slowest_of(ranks: Sequence[WeightRounds], buffer_bytes: int, model: str) -> list[WeightsTiming]:
+    """The timing of each way, from what each rank measured: a round ends with its last rank."""
+    num_bytes = ranks[0][0]
     times = {
         way: [max(of_ranks) for of_ranks in zip(*(times[way] for _, times in ranks), strict=True)]
         for way in WAYS
     }
     return [
         WeightsTiming(
-            way, world_size, num_bytes, buffer_bytes, median(times[way]),
-            median(bare / own for bare, own in zip(times["bare"], times[way], strict=True)),
+            way, len(ranks), num_bytes, buffer_bytes, median(times[way]),
+            median(bare / own for bare, own in zip(times["bare"], times[way], strict=True)), model,
         )
         for way in WAYS
     ]  # fmt: skip
@@ -116,9 +170,9 @@ def _time_as_rank(
     board: Store,
     buffer_bytes: int,
     repeats: int,
-    layers: int,
-    vocabulary: int,
-) -> tuple[int, dict[str, list[float]]]:
+    layers: int | None,
+    vocabulary: int | None,
+) -> WeightRounds:
     """The bytes of the weights, and the seconds of each way in each repeat."""
     group, _ = form_group(rank, world_size, board, LOCAL, "gloo")
     weights = qwen_weights(layers, vocabulary)
@@ -162,10 +216,11 @@ def ways_of(
             broadcast(everything[start : start + buffer_bytes])
 
     def hand_over(packed: bool) -> None:
+        how: dict[str, Any] = {"packed": packed, "buffer_bytes": buffer_bytes}
         if sends:
-            send_weights(weights, communicator, packed=packed, buffer_bytes=buffer_bytes)
+            send_weights(weights, communicator, metas=metas, **how)
         else:
-            receive_into(weights, communicator, 0, packed=packed, buffer_bytes=buffer_bytes)
+            receive_into(weights, communicator, 0, **how)
 
     def views() -> None:
         if sends:

@@ -14,3 +14,7 @@ from refdist.nccl.communicator import NcclCommunicator
 from refdist.nccl.forming import new_unique_id_bytes
 
 __all__ = ["NcclCommunicator", "new_unique_id_bytes"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -60,9 +60,11 @@ When a rank dies
 Copies and memory
     The source copies each weight once, into the chunk; a weight that is a chunk of its own, not
     even once. A receiver gets views of the chunk, without a copy. On a GPU, one chunk is packed, or
-    loaded, while another is broadcast. On a CPU, up to two chunks stay in memory for the next
-    transfer, as long as the communicator lives; so a smaller buffer needs less. Over gloo, 64 MiB
-    is large enough. ``python -m refdist.benchmarks weights`` measures it.
+    loaded, while another is broadcast: this takes memory for two chunks, and for three in
+    ``receive_weights``. A smaller buffer needs less, and lets a small model have several chunks:
+    256 MiB is large enough. On a CPU, up to two chunks stay in memory for the next transfer, as
+    long as the communicator lives. Over gloo, 64 MiB is large enough.
+    ``python -m refdist.benchmarks weights`` measures it, and ``nccl`` in its place on GPUs.
 
 To read the code: ``descriptions``, ``chunks`` (the format), ``transfers``, then ``channels`` (what
 communicators differ in) and ``memory``.
@@ -87,3 +89,7 @@ __all__ = [
     "receive_weights",
     "send_weights",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,14 +1,14 @@
 """Broadcasts by any communicator: how each kind begins one, and waits for its end.
 
-A communicator of a GPU gets two streams in turn. Each chunk has one of them for its memory, its
-copies and its broadcast, so the copies of one overlap the broadcast of the other.
+Over a communicator of a GPU, broadcasts have a stream of their own. So they overlap the copies of
+other chunks, which the caller's stream makes.
 """
 
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from torch.distributed import ProcessGroup
 from refdist import torch_versions
 from refdist.checks import check_rank, check_seconds, wait_of
 from refdist.errors import CollectiveError, failure
+from refdist.polling import sched_yield
 from refdist.torch_groups import collectives
 from refdist.weights.memory import past_of
 
 _cuda: Any = torch.cuda  # parts of it have no annotations
-_POLL_SECONDS = 1e-4
+_SPIN_SECONDS, _POLL_SECONDS = 1e-2, 1e-4
+"""A sleep takes at least as long as a GPU takes for 50 MB; a broadcast of 1 GiB takes 3 ms."""
 _INTERRUPT_SECONDS = 0.2
 """Torch waits for this long without a look at Ctrl-C."""
 _CUDA_SECONDS = 300.0
@@ -40,18 +42,18 @@ class Channel:
         src: the rank that sends.
         device: the device of the tensors that it carries.
         memory: for chunks.
-        ahead: whether the next broadcast begins before the last one has ended. Over gloo this gains
-            nothing: its threads and the copies share the processors.
+        ahead: the number of broadcasts that are under way while the one before them is waited for.
+            Over gloo this gains nothing: its threads and the copies share the processors.
     """
 
     device = torch.device("cpu")
-    ahead = False
+    ahead = 0
 
     def __init__(self, communicator: Any, src: int | None, timeout: float | None) -> None:
         self._communicator, self._timeout = communicator, timeout
         self.rank, self._size = _place(communicator)
         self.src = check_rank(self.rank if src is None else src, self._size, "src")
-        takes = takes_timeout(communicator) and timeout is not None
+        takes = timeout is not None and takes_timeout(communicator)
         self._options = {"timeout": timeout} if takes else {}
         self._past, self._token = past_of(communicator), object()
         self.memory = self._past.memory
@@ -65,14 +67,6 @@ class Channel:
                 f"communicator did not end; destroy it and form another",
                 operation="broadcast",
             )
-
-    @contextmanager
-    def turn(self, number: int, *used: torch.Tensor) -> Iterator[None]:
-        """Take and fill the memory of chunk ``number`` in this, and begin its broadcast.
-
-        ``used`` are tensors of the caller whose memory the chunk reads or writes.
-        """
-        yield
 
     def start(self, tensor: torch.Tensor) -> Finish:
         """Begin to broadcast a contiguous uint8 tensor on ``device``, in place."""
@@ -94,8 +88,8 @@ class Channel:
             tensor.copy_(received)
         return lambda: None
 
-    def hand_over(self, tensor: torch.Tensor) -> None:
-        """Say that the caller is going to use memory that was taken in a turn."""
+    def leave(self, tensor: torch.Tensor) -> None:
+        """Say that nobody waits for the broadcast of a tensor, whose memory may be freed."""
 
     def _failure(self, began: float, seconds: float | None, reason: Exception) -> CollectiveError:
         elapsed = time.monotonic() - began
@@ -132,7 +126,7 @@ class GlooChannel(Channel):
 class CudaChannel(Channel):
     """A transfer over a communicator of a GPU, or over an NCCL group of torch."""
 
-    ahead = True
+    ahead = 1
 
     def __init__(
         self, communicator: Any, src: int | None, timeout: float | None, device: torch.device
@@ -142,38 +136,22 @@ class CudaChannel(Channel):
         own = getattr(communicator, "timeout", None)
         own = float(own) if isinstance(own, (int, float)) else _CUDA_SECONDS
         self._seconds = own if timeout is None else timeout
-        self._streams = [_cuda.Stream(device) for _ in range(2)]
-        self._last: Any = None
-
-    @contextmanager
-    def turn(self, number: int, *used: torch.Tensor) -> Iterator[None]:
-        """Make the stream of the chunk the current one, after what the caller has launched.
-
-        The chunk before the last one had the same stream. So it has left memory that this one gets.
-        """
-        stream = self._streams[number % 2]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        for tensor in used:
-            if tensor.device == self.device:
-                tensor.record_stream(stream)
-        with torch.cuda.stream(stream):
-            yield
+        self._stream = _cuda.Stream(device)
 
     def _start(self, tensor: torch.Tensor) -> Finish:
-        """Launch the broadcast on the current stream, after the one that was launched before it.
+        """Launch the broadcast, after what the caller's stream has to do before.
 
-        NCCL takes the operations of a communicator one by one, in one order on all ranks. The two
-        streams must keep it.
+        Among that is the packing of this chunk, and what was done with its memory before.
         """
-        began, stream = time.monotonic(), torch.cuda.current_stream(self.device)
-        if self._last is not None:
-            stream.wait_event(self._last)
-        if isinstance(self._communicator, ProcessGroup):
-            collectives.broadcast(tensor, self.src, self._communicator)
-        else:
-            self._communicator.broadcast(tensor, self.src, **self._options)
-        ended = self._last = _cuda.Event()
-        ended.record(stream)
+        began = time.monotonic()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device.index))
+        with torch.cuda.stream(self._stream):
+            if isinstance(self._communicator, ProcessGroup):
+                collectives.broadcast(tensor, self.src, self._communicator)
+            else:
+                self._communicator.broadcast(tensor, self.src, **self._options)
+        ended = _cuda.Event()
+        ended.record(self._stream)
         return lambda: self._wait_for(ended, began)
 
     def _wait_for(self, ended: Any, began: float) -> None:
@@ -186,11 +164,14 @@ class CudaChannel(Channel):
                 if isinstance(self._communicator, ProcessGroup):
                     torch_versions.abort(self._communicator)
                 raise self._failure(began, self._seconds, TimeoutError("timed out"))
-            time.sleep(_POLL_SECONDS)
+            if time.monotonic() - began < _SPIN_SECONDS:
+                sched_yield()
+            else:
+                time.sleep(_POLL_SECONDS)
 
-    def hand_over(self, tensor: torch.Tensor) -> None:
-        """Keep the memory from being used again before the caller's stream is done with it."""
-        tensor.record_stream(torch.cuda.current_stream(self.device))
+    def leave(self, tensor: torch.Tensor) -> None:
+        """Keep its memory from being used again before the broadcast has ended."""
+        tensor.record_stream(self._stream)
 
 
 def channel_of(communicator: Any, src: int | None, timeout: float | None) -> Channel:

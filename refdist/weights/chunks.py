@@ -8,6 +8,11 @@ import torch
 from refdist.objects.tensors import plain
 from refdist.weights.descriptions import Weight
 
+_TOGETHER = 64
+"""Weights that one launch packs. A GPU copies them while the host prepares the next ones."""
+
+_Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
@@ -55,14 +60,14 @@ def cut(weights: Iterable[Weight], packed: bool, buffer_bytes: int) -> Iterator[
         yield Chunk(first, tuple(some))
 
 
-def bytes_in_place(chunk: Chunk, device: torch.device) -> torch.Tensor | None:
-    """The memory of the chunk's only tensor as uint8, if it is the bytes that travel; else None.
+def bytes_in_place(weight: Weight, device: torch.device) -> torch.Tensor | None:
+    """The memory of the weight's tensor as uint8, if it is the bytes that travel; else None.
 
     It is not if the tensor is elsewhere or has gaps, or if torch negates or conjugates its elements
     when they are read.
     """
-    tensor = chunk.weights[0].tensor
-    if tensor is None or len(chunk.weights) > 1 or tensor.device != device:
+    tensor = weight.tensor
+    if tensor is None or tensor.device != device:
         return None
     if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return None
@@ -71,34 +76,58 @@ def bytes_in_place(chunk: Chunk, device: torch.device) -> torch.Tensor | None:
 
 def pack(chunk: Chunk, memory: torch.Tensor) -> None:
     """Copy the tensors of a chunk into its bytes, one after the other, without gaps."""
-    for weight, part in _parts(chunk, memory):
-        assert weight.tensor is not None
-        if _aligned(weight, part):
-            _as(weight, part).copy_(weight.tensor)
-        else:
-            part.copy_(_bytes_of(plain(weight.tensor)))
+    places = _cut(chunk, memory)
+    for first in range(0, len(places), _TOGETHER):
+        some = slice(first, first + _TOGETHER)
+        _copy([_sent_bytes(weight, memory.device) for weight in chunk.weights[some]], places[some])
 
 
 def unpack(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[Weight, torch.Tensor]]:
     """The tensors in the bytes of a chunk: views of them, or a copy of one that is misaligned."""
-    for weight, part in _parts(chunk, memory):
-        yield weight, _as(weight, part if _aligned(weight, part) else part.clone())
+    for weight, part in zip(chunk.weights, _cut(chunk, memory), strict=True):
+        aligned = part.storage_offset() % weight.dtype.itemsize == 0
+        yield weight, _as(weight, part if aligned else part.clone())
+
+
+def unpack_into(chunk: Chunk, memory: torch.Tensor) -> None:
+    """Copy the bytes of a chunk into its tensors. One that is elsewhere or has gaps comes after."""
+    in_place = [bytes_in_place(weight, memory.device) for weight in chunk.weights]
+    places = [
+        memory.new_empty(weight.num_bytes) if place is None else place
+        for weight, place in zip(chunk.weights, in_place, strict=True)
+    ]
+    with torch.inference_mode():  # outside, torch writes to no tensor that was made in it
+        _copy(_cut(chunk, memory), places)
+        for weight, place, there in zip(chunk.weights, places, in_place, strict=True):
+            if there is None and weight.tensor is not None:
+                weight.tensor.copy_(_as(weight, place))
+
+
+def _sent_bytes(weight: Weight, device: torch.device) -> torch.Tensor:
+    place = bytes_in_place(weight, device)
+    if place is None:
+        assert weight.tensor is not None
+        place = _bytes_of(plain(weight.tensor).to(device))
+    return place
+
+
+def _cut(chunk: Chunk, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split_with_sizes(memory, [weight.num_bytes for weight in chunk.weights])
+
+
+def _copy(sources: _Tensors, places: _Tensors) -> None:
+    """Copy tensors of bytes. On a GPU, one launch does it for hundreds of tensors.
+
+    A ``copy_`` for each takes the host as long as the GPU takes to send a MiB. ``torch.cat`` takes
+    the GPU's memory so much that the broadcast of another chunk meanwhile takes 12% longer; this
+    makes it 2% longer (two H100). Torch's FSDP uses it too.
+    """
+    torch._foreach_copy_(places, sources)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor. One of 0 or 1 elements may have any stride."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def _parts(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[Weight, torch.Tensor]]:
-    offset = 0
-    for weight in chunk.weights:
-        yield weight, memory[offset : offset + weight.num_bytes]
-        offset += weight.num_bytes
-
-
-def _aligned(weight: Weight, part: torch.Tensor) -> bool:
-    return part.storage_offset() % weight.dtype.itemsize == 0
 
 
 def _as(weight: Weight, part: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import zip_longest
 from typing import Any
 
@@ -25,7 +25,7 @@ NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 """Weights: a ``state_dict()``, or pairs of a name and a tensor, such as ``named_parameters()``."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Weight:
     """A named tensor on its way.
 
@@ -34,17 +34,17 @@ class Weight:
         shape: its shape.
         dtype: its dtype.
         tensor: on the source, what is sent; on another rank, where it is to go, or None.
+        num_bytes: bytes of its elements.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     tensor: torch.Tensor | None = None
+    num_bytes: int = field(init=False)
 
-    @cached_property
-    def num_bytes(self) -> int:
-        """Bytes of its elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        self.num_bytes = math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def meta(self) -> WeightMeta:
@@ -157,8 +157,10 @@ def difference(
     number: int, here: Weight | None, where: str, there: Weight | None, whose: str
 ) -> str | None:
     """Say how weight ``number`` differs in two places; None if it does not."""
+    if here and there and here.meta == there.meta:
+        return None
     a, b = ("none" if weight is None else weight.told for weight in (here, there))
-    return None if a == b else f"weight {number} is {a} {where}, and {b} {whose}"
+    return f"weight {number} is {a} {where}, and {b} {whose}"
 
 
 def check_buffer_bytes(buffer_bytes: Any) -> int:
@@ -209,7 +211,7 @@ def weights_of_metas(metas: Iterable[Any]) -> list[Weight]:
 def _weight_of_meta(meta: Any, number: int) -> Weight:
     try:
         name, shape, dtype = meta
-        sizes = tuple(operator.index(size) for size in shape)
+        sizes = tuple(map(operator.index, shape))
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype.removeprefix("torch."))
         right = isinstance(name, str) and min(sizes, default=0) >= 0 and _of_bytes(dtype)
@@ -223,6 +225,7 @@ def _weight_of_meta(meta: Any, number: int) -> Weight:
     return Weight(name, sizes, dtype)
 
 
+@cache
 def _of_bytes(dtype: Any) -> bool:
     """Whether this is a dtype of whole bytes. Torch can neither copy nor view the others."""
     small_or_quantized = re.compile(r"torch\.(u?int[1-7]$|qu?int)")

@@ -23,10 +23,15 @@ class Memory:
     def take(self, num_bytes: int, device: torch.device, again: bool) -> torch.Tensor:
         """A uint8 tensor that nobody else looks at. It is fresh unless ``again``.
 
-        On a GPU, torch keeps memory by itself.
+        On a GPU, torch keeps memory by itself. Chunks differ a little in size; rounded up, the
+        memory of one fits the next, and torch need not ask CUDA for more.
         """
-        if device.type != "cpu" or num_bytes == 0 or not again:
+        if num_bytes == 0 or not again:
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if device.type != "cpu":
+            step = 2 ** max(num_bytes.bit_length() - 4, 0)
+            rounded = -(-num_bytes // step) * step
+            return torch.empty(rounded, dtype=torch.uint8, device=device)[:num_bytes]
         self._largest = max(self._largest, num_bytes)
         free = [memory for memory, user in self._kept if user() is None]
         large = [memory for memory in free if len(memory) >= num_bytes]

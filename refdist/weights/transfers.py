@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from refdist.weights.channels import Channel, channel_of
-from refdist.weights.chunks import Chunk, bytes_in_place, cut, pack, unpack
+from refdist.weights.chunks import Chunk, bytes_in_place, cut, pack, unpack, unpack_into
 from refdist.weights.descriptions import (
     BUFFER_BYTES,
     NamedTensors,
@@ -64,22 +64,10 @@ def send_weights(
     found: Iterable[Weight] = weights_of(weights)
     if metas is not None:
         found = _compared(found, weights_of_metas(metas), channel.rank)
-    if isinstance(weights, (Mapping, Sequence)):
-        found = list(found)
-    under_way = deque[_Moving]()
-    try:
-        for number, chunk in enumerate(cut(found, packed, buffer_bytes)):
-            under_way.append(_Moving(number, chunk, packed, channel))
-            if len(under_way) > channel.ahead:
-                under_way.popleft().wait()
-        while under_way:
-            under_way.popleft().wait()
-    except Exception:
-        for moving in under_way:  # once this has raised, the caller may change the tensors
-            with suppress(Exception):
-                moving.wait()
-        raise
-    channel.end()
+        if isinstance(weights, (Mapping, Sequence)):
+            found = list(found)
+    for moved in _moved(cut(found, packed, buffer_bytes), packed, channel):
+        del moved  # with its memory, which the next chunk gets
 
 
 def _compared(
@@ -123,8 +111,13 @@ def receive_weights(
             the weights that were being received, of which the caller has got none. Or, at once, the
             last transfer over the communicator did not end.
     """
-    received = _receiver(weights_of_metas(metas), communicator, src, packed, buffer_bytes, timeout)
-    return ((weight.name, tensor) for weight, tensor in received)
+    found = weights_of_metas(metas)
+    received = _received(found, communicator, src, packed, buffer_bytes, timeout)
+    return (
+        (weight.name, tensor)
+        for moved in received
+        for weight, tensor in unpack(moved.chunk, moved.memory)
+    )
 
 
 def receive_into(
@@ -156,77 +149,94 @@ def receive_into(
     """
     found = list(weights_of(weights))
     for weight in found:
-        strides = weight.tensor.stride() if weight.tensor is not None else ()
-        if any(size > 1 and not step for size, step in zip(weight.shape, strides, strict=True)):
-            raise ValueError(
-                f"weight {weight.name!r} of shape {weight.shape} and strides "
-                f"{strides}: is expanded, so it has no memory to receive into"
-            )
-    for weight, tensor in _receiver(found, communicator, src, packed, buffer_bytes, timeout):
-        if weight.tensor is not None and weight.tensor.data_ptr() != tensor.data_ptr():
-            with torch.inference_mode():  # outside, torch writes to no tensor that was made in it
-                weight.tensor.copy_(tensor)
+        _check_not_expanded(weight)
+    for moved in _received(found, communicator, src, packed, buffer_bytes, timeout):
+        if not moved.in_place:
+            unpack_into(moved.chunk, moved.memory)
+        del moved  # with its memory, which the next chunk gets
 
 
-def _receiver(
+def _check_not_expanded(weight: Weight) -> None:
+    tensor = weight.tensor
+    if tensor is None or tensor.is_contiguous():
+        return
+    if any(size > 1 and not step for size, step in zip(weight.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"weight {weight.name!r} of shape {weight.shape} and strides {tensor.stride()}: is "
+            f"expanded, so it has no memory to receive into"
+        )
+
+
+def _received(
     weights: Sequence[Weight],
     communicator: Any,
     src: int,
     packed: bool,
     buffer_bytes: int,
     timeout: float | None,
-) -> Iterator[tuple[Weight, torch.Tensor]]:
+) -> "Iterator[_Moving]":
     """Check the arguments, and receive on demand."""
     channel = channel_of(communicator, src, timeout)
     if channel.src == channel.rank:
         raise ValueError(f"src={src}: must be another rank than this one, which receives")
-    return _receive(list(cut(weights, packed, check_buffer_bytes(buffer_bytes))), packed, channel)
+    return _moved(cut(weights, packed, check_buffer_bytes(buffer_bytes)), packed, channel)
 
 
-def _receive(
-    chunks: Sequence[Chunk], packed: bool, channel: Channel
-) -> Iterator[tuple[Weight, torch.Tensor]]:
-    """Receive the chunks in turn.
+def _moved(chunks: Iterable[Chunk], packed: bool, channel: Channel) -> "Iterator[_Moving]":
+    """Begin the broadcasts of chunks in order, and yield each one that has ended.
 
-    On a GPU, the next one begins when the caller has taken the first tensor of this one. By then, a
-    caller that keeps none holds no tensor of the one before, and the next one gets its memory.
+    The next ``channel.ahead`` of them are under way then.
     """
-    following: _Moving | None = None
-    for number, chunk in enumerate(chunks):
-        moving = following or _Moving(number, chunk, packed, channel)
-        following = None
-        memory = moving.wait()
-        if number + 1 == len(chunks):
-            channel.end()  # also if the caller does not ask for more than it gets
-        for place, pair in enumerate(unpack(chunk, memory)):
-            yield pair
-            if place == 0 and channel.ahead and number + 1 < len(chunks):
-                following = _Moving(number + 1, chunks[number + 1], packed, channel)
+    under_way = deque[_Moving]()
+    try:
+        for chunk in chunks:
+            if len(under_way) > channel.ahead:
+                under_way[0].wait()
+                yield under_way.popleft()
+            under_way.append(_Moving(chunk, packed, channel))
+        while under_way:
+            under_way[0].wait()
+            if len(under_way) == 1:
+                channel.end()  # also if the caller does not ask for more than it gets
+            yield under_way.popleft()
+    except Exception:
+        for moving in under_way:  # once this has raised, the caller may change the tensors
+            with suppress(Exception):
+                moving.wait()
+        raise
+    finally:
+        for moving in under_way:
+            channel.leave(moving.memory)
 
 
 class _Moving:
-    """A chunk whose broadcast has begun, in the tensor of its only weight, or in other memory."""
+    """A chunk whose broadcast has begun, in the tensor of its only weight, or in other memory.
 
-    def __init__(self, number: int, chunk: Chunk, packed: bool, channel: Channel) -> None:
-        self._channel, sends = channel, channel.src == channel.rank
+    It holds its tensors until the broadcast has ended: on a GPU, freed memory may be used again
+    before the broadcast has read it.
+    """
+
+    def __init__(self, chunk: Chunk, packed: bool, channel: Channel) -> None:
+        self.chunk, sends = chunk, channel.src == channel.rank
         self._what = f"rank {channel.rank}, {'sending' if sends else 'receiving'} {chunk}"
-        used = [weight.tensor for weight in chunk.weights if weight.tensor is not None]
-        with _naming(self._what), channel.turn(number, *used):
-            memory = bytes_in_place(chunk, channel.device)
+        with _naming(self._what):
+            memory = None
+            if len(chunk.weights) == 1:
+                memory = bytes_in_place(chunk.weights[0], channel.device)
+            self.in_place = memory is not None
             if memory is None:
                 # not packed, the caller may keep one tensor; it must not keep more memory than that
                 again = packed or sends
                 memory = channel.memory.take(chunk.num_bytes, channel.device, again)
                 if sends:
                     pack(chunk, memory)
-            self._memory, self._finish = memory, channel.start(memory)
+            self.memory, self._finish = memory, channel.start(memory)
 
-    def wait(self) -> torch.Tensor:
-        """Wait until the broadcast has ended. Returns the chunk's bytes."""
+    def wait(self) -> None:
+        """Wait until the broadcast has ended. One that has failed is not waited for again."""
+        finish, self._finish = self._finish, lambda: None
         with _naming(self._what):
-            self._finish()
-        self._channel.hand_over(self._memory)
-        return self._memory
+            finish()
 
 
 @contextmanager
