@@ -46,10 +46,12 @@ seal
 The others are those of the field: rank, world size, store, key, message, chunk, engine (a process
 of ipyparallel, whose id is its rank), stage (one part of a model that is split into a pipeline).
 
-Importing refdist imports torch and the standard library, and neither ``lab`` nor ``benchmarks``.
+Importing refdist imports torch and the standard library, and none of ``nccl``, ``weights``,
+``exploration``, ``benchmarks`` and ``lab``: import these by name. ``python -m refdist`` says what
+this machine can do, and where to begin.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
 from refdist.errors import (
     AuthenticationError,
@@ -84,8 +86,8 @@ from refdist.torch_groups.process_groups import (
 from refdist.torch_groups.small_sums import cpu_all_reduce_
 
 try:
-    __version__ = version("refdist")
-except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = _metadata.version("refdist")
+except _metadata.PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
@@ -116,3 +118,12 @@ __all__ = [
     "stateless_init_torch_distributed_process_group",
     "verify_group_size_divides_partition",
 ]
+
+_PACKAGES = {
+    "barrier", "benchmarks", "exploration", "lab", "nccl", "pipeline", "torch_groups", "weights",
+}  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    """What help and tab completion show: no module of the implementation, though it is here."""
+    return [*__all__, "__version__", *(_PACKAGES & globals().keys())]

@@ -18,6 +18,8 @@ def sched_yield() -> None:
 
     Uses ``os.sched_yield`` where that is safe (``USE_SCHED_YIELD``) and exists, else
     ``time.sleep(0)``.
+
+    Source: the specification of ``vllm.distributed.utils``.
     """
     if USE_SCHED_YIELD and hasattr(os, "sched_yield"):
         os.sched_yield()

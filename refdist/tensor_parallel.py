@@ -11,6 +11,8 @@ def ensure_divisibility(numerator: int, denominator: int) -> None:
     Raises:
         AssertionError: it does not. Callers rely on this type, and ``python -O`` keeps it.
         ValueError: ``denominator`` is 0.
+
+    Source: the specification of ``vllm.distributed.utils``.
     """
     if denominator == 0:
         raise ValueError(f"denominator=0: cannot divide {numerator} by it")
@@ -24,6 +26,8 @@ def divide(numerator: int, denominator: int) -> int:
     Raises:
         AssertionError: ``denominator`` does not divide ``numerator``.
         ValueError: ``denominator`` is 0.
+
+    Source: the specification of ``vllm.distributed.utils``.
     """
     ensure_divisibility(numerator, denominator)
     return numerator // denominator
@@ -81,6 +85,8 @@ def split_tensor_along_last_dim(
     Raises:
         AssertionError: ``num_partitions`` does not divide ``n``.
         ValueError: ``tensor`` has no dimension, or ``num_partitions`` is below 1.
+
+    Source: the specification of ``vllm.distributed.utils``.
     """
     if tensor.dim() == 0:
         raise ValueError("tensor: has no dimension to split; it must have at least one")
@@ -99,6 +105,9 @@ def is_weak_contiguous(inp: torch.Tensor) -> bool:
 
     True for a contiguous tensor, and for one (a transpose, say) whose storage ends exactly
     ``numel`` elements after its first element, whatever the order of the dimensions.
+    ``inp`` may have any shape, dtype and device.
+
+    Source: ``vllm.distributed.utils`` of vLLM 0.27 to 0.33.
     """
     if inp.is_contiguous():
         return True

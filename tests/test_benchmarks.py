@@ -141,12 +141,6 @@ def test_backend_needs_a_gpu_for_each_rank():
 ALL_REDUCE = ["allreduce", "--sizes", "1024", "65536", "--repeats", "2"]
 
 
-def test_nccl_needs_gpus(capsys):
-    with pytest.raises(SystemExit):
-        main(["nccl", "--world-size", "99"])
-    assert "99 ranks: must be at least 2, on a GPU each, and torch finds" in capsys.readouterr().err
-
-
 def test_all_reduce_on_the_command_line(capsys, tmp_path):
     output = tmp_path / "timings.jsonl"
     main([*ALL_REDUCE, "--world-size", "2", "--backend", "gloo", "--output", str(output)])
@@ -250,31 +244,6 @@ def test_small_sums_on_the_command_line(capsys):
     (record,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (record["num_bytes"], record["world_size"]) == (8, 2)
     assert record["ratio"] == pytest.approx(record["gloo_seconds"] / record["seconds"])
-    for bad, said in (["--world-sizes", "0"], "must be at least 1"), (["--sizes", "6"], "of 4"):
-        with pytest.raises(SystemExit):
-            main(["cpu_allreduce", *bad])
-        assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--world-size", "0"], "--world-size 0: must be at least 1"),
-        (["--sizes", "12"], "--sizes 12: must be multiples of 8"),
-        (["--repeats", "0"], "--repeats 0: must be at least 1"),
-        (["--ways", "three-shot"], "invalid choice: 'three-shot'"),
-        (
-            ["--backend", "nccl", "--world-size", "999"],
-            "--backend nccl: must have a GPU for each of 999 ranks, and torch finds ",
-        ),
-        (["--output", "no such folder/x"], "--output no such folder/x: its folder must exist"),
-    ],
-)
-def test_bad_command_line_of_all_reduce(arguments, said, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["allreduce", *arguments])
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err
 
 
 # The control plane: every operation of every implementation that is here, on real processes.
@@ -356,12 +325,6 @@ def test_nanoseconds_per_byte():
     assert timing.nanoseconds_per_byte == pytest.approx(1.0)
 
 
-def test_bad_command_line_of_secret(capsys):
-    with pytest.raises(SystemExit):
-        main(["secret", "--world-sizes", "1"])
-    assert "--world-sizes 1: must be at least 2" in capsys.readouterr().err
-
-
 def test_exponent_of_growth():
     def grown(power):
         return [ControlTiming("barrier", "refdist", n, 3 * n**power) for n in (2, 4, 100)]
@@ -395,19 +358,11 @@ def wait_for_ever(rank, world_size, board):
     board.get("never")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--world-sizes", "1"], ["--many-ranks", "3"], ["--repeats", "0"]]
-)
-def test_bad_command_line(arguments, capsys):
-    with pytest.raises(SystemExit):
-        main(["control", *arguments])
-    assert f"{arguments[1]}" in capsys.readouterr().err
-
-
 def test_command_line(capsys):
     main(["control", "--world-sizes", "2", "--many-ranks", "4", "8", "--repeats", "1"])
     out = capsys.readouterr().out
-    assert "2 ranks  barrier" in out and "gloo" in out
+    rows = [line.split()[:3] for line in out.splitlines()]
+    assert ["2", "barrier", "refdist"] in rows and ["2", "barrier", "gloo"] in rows
     assert "one barrier of many ranks grows with their number to the" in out
     main(["control", "--world-sizes", "--many-ranks", "4", "--repeats", "1", "--json"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

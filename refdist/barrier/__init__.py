@@ -2,8 +2,10 @@
 
 from torch.distributed import Store
 
-from refdist.barrier import plain, quick
+from refdist.barrier import plain, quick, roll
 from refdist.store.client import StoreClient
+
+__all__ = ["barrier_of", "plain", "quick", "roll"]
 
 
 def barrier_of(store: Store | StoreClient, rank: int, world_size: int) -> plain.Barrier:
@@ -12,3 +14,7 @@ def barrier_of(store: Store | StoreClient, rank: int, world_size: int) -> plain.
     fits = client.has_barrier and world_size <= quick.COUNT
     kind = quick.Barrier if fits else plain.Barrier
     return kind(client, rank, world_size)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,12 +6,15 @@ into ``learn``. A copy that is already there is never overwritten.
 A solution is what a cell has between nbgrader's ``### BEGIN SOLUTION`` and ``### END SOLUTION``.
 """
 
-import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from refdist.command_line import Parser, run
+
+_PROG = "python -m refdist.lab.learn"
 _SOLUTION = re.compile(
     r"^( *)### BEGIN SOLUTION *\n.*?^ *### END SOLUTION *$", re.MULTILINE | re.DOTALL
 )
@@ -38,10 +41,20 @@ def write_copies(notebooks: Path, folder: Path) -> None:
     Args:
         notebooks: folder of the solved notebooks.
         folder: folder of the copies; it is made if it is missing.
+
+    Raises:
+        ValueError: there are no notebooks, or one is none.
+        OSError: a file cannot be read or written.
     """
+    paths = sorted(notebooks.glob("*.ipynb"))
+    if not paths:
+        raise ValueError(f"{notebooks}: must be a folder with notebooks")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(notebooks.glob("*.ipynb")):
-        copy, target = learners_copy(json.loads(path.read_text("utf-8"))), folder / path.name
+    for path in paths:
+        try:
+            copy, target = learners_copy(json.loads(path.read_text("utf-8"))), folder / path.name
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no copy can be made: {error!r}") from error
         if not target.exists():
             text = json.dumps(copy, indent=1, ensure_ascii=False) + "\n"
             part = target.with_suffix(".part")
@@ -63,14 +76,30 @@ def _sources(path: Path) -> list[list[str]] | None:
         return None
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the copies of the folder that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m refdist.lab.learn", description=__doc__)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        write_copies(options.notebooks, options.folder)
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def make_parser() -> Parser:
+    """The parser of the command line."""
+    parser = Parser(
+        prog=_PROG,
+        description="Write a copy of each notebook for a learner: without solutions and outputs. "
+        "A copy that is already there is never overwritten.",
+        examples=[f"{_PROG} notebooks learn"],
+    )
     parser.add_argument("notebooks", type=Path, help="folder of the solved notebooks")
     parser.add_argument("folder", type=Path, help="folder to write the learner's copies to")
-    args = parser.parse_args()
-    write_copies(args.notebooks, args.folder)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -39,3 +39,7 @@ __all__ = [
     "own_count_times_rank",
     "table",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

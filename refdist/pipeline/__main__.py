@@ -1,21 +1,22 @@
 """``python -m refdist.pipeline``: the rules side by side for a model, and the best partition."""
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from refdist.command_line import Parser, at_least, number, run
 from refdist.pipeline.best import OBJECTIVES, best_partition
 from refdist.pipeline.catalog import DEVICES, MODELS, find_device, find_model
 from refdist.pipeline.compare import compare, table
 from refdist.pipeline.cost import room_bytes
 from refdist.pipeline.serving import Serving
 
+_PROG = "python -m refdist.pipeline"
 _BYTES = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and print the comparison."""
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     try:
         model, device = find_model(options.model), find_device(options.device)
@@ -46,38 +47,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(best)
 
 
-def _parser() -> argparse.ArgumentParser:
-    count = _number(int, lambda n: n >= 1, "at least 1")
-    share = _number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-    room = _number(float, lambda x: 0 <= x < math.inf, "finite, at least 0")
-    parser = argparse.ArgumentParser(prog="python -m refdist.pipeline", description=__doc__)
+def make_parser() -> Parser:
+    """The parser of the command line."""
+    share = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    room = number(float, lambda x: 0 <= x * 2**30 < math.inf, "finite, at least 0")
+    tokens = number(int, lambda n: 1 <= n <= 10**9, "at least 1 and at most 1,000,000,000")
+    parser = Parser(
+        prog=_PROG,
+        description="Compare the rules by which engines give the layers of a model to the stages "
+        "of a pipeline, and print the best partition, as the value for VLLM_PP_LAYER_PARTITION.",
+        examples=[
+            f"{_PROG} --model llama-3.1-70b --device l4 --stages 8",
+            f"{_PROG} --model phi-4 --device l4 --stages 4 --objective kv_blocks --weights fp8",
+        ],
+    )
     parser.add_argument("--model", required=True, help=", ".join(MODELS))
     parser.add_argument("--device", required=True, help=", ".join(DEVICES))
-    parser.add_argument("--stages", required=True, type=count)
-    parser.add_argument("--objective", choices=OBJECTIVES, default="mix", help="of the best")
-    parser.add_argument("--prompt-tokens", type=count, default=1024)
-    parser.add_argument("--output-tokens", type=count, default=256)
-    parser.add_argument("--weights", choices=_BYTES, default="bf16", help="of the layers")
-    parser.add_argument("--kv-cache", choices=("bf16", "fp8"), default="bf16")
-    parser.add_argument("--memory-share", type=share, default=0.9)
-    parser.add_argument("--reserved-gib", type=room, default=0.0, help="of it, for other things")
+    parser.add_argument(
+        "--stages", required=True, type=at_least(1), help="how many, at most one a layer"
+    )
+    parser.add_argument("--objective", choices=OBJECTIVES, default="mix", help="(%(default)s)")
+    parser.add_argument(
+        "--prompt-tokens", type=tokens, default=1024, help="of a request (%(default)s)"
+    )
+    parser.add_argument(
+        "--output-tokens", type=tokens, default=256, help="of a request (%(default)s)"
+    )
+    parser.add_argument(
+        "--weights", choices=_BYTES, default="bf16", help="of the layers (%(default)s)"
+    )
+    parser.add_argument("--kv-cache", choices=("bf16", "fp8"), default="bf16", help="(%(default)s)")
+    parser.add_argument(
+        "--memory-share", type=share, default=0.9, help="of the device's memory (%(default)s)"
+    )
+    parser.add_argument(
+        "--reserved-gib", type=room, default=0.0, help="of it, for other things (%(default)g)"
+    )
     return parser
 
 
-def _number(
-    kind: type[int] | type[float], fits: Callable[[float], bool], rule: str
-) -> Callable[[str], float]:
-    """Return a parser for an argument. Argparse puts the option's name before the error."""
-
-    def read(text: str) -> float:
-        number = kind(text)
-        if not fits(number):
-            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
-        return number
-
-    read.__name__ = kind.__name__  # argparse shows it if the text is not a number
-    return read
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

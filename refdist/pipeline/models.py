@@ -37,7 +37,7 @@ class GroupedQueryAttention:
 
     @property
     def flops_per_pair(self) -> int:
-        """Work for a query token and a token that it attends to: score and sum of values."""
+        """Operations for a query token and one that it attends to, for score and sum of values."""
         return 4 * self.num_heads * self.head_size
 
 

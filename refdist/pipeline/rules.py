@@ -211,7 +211,7 @@ def faults(stages: Sequence[range], num_hidden_layers: int) -> list[str]:
         num_hidden_layers: layers of the model.
 
     Returns:
-        A text for each fault: stages without layers, layers on no stage, layers on several.
+        Texts such as ``"stages without layers: 3, 4"``; so for layers on no stage, or on several.
     """
     held = [layer for stage in stages for layer in stage]
     empty = [number for number, stage in enumerate(stages) if not stage]

@@ -19,6 +19,10 @@ class Serving:
         block_tokens: tokens of a block of the cache.
         memory_share: share of the device's memory for weights and cache.
         reserved_bytes: bytes of that share for everything else on a device.
+
+    Raises:
+        ValueError: a number is not above 0 (``output_tokens`` and ``reserved_bytes`` may be 0), or
+            ``memory_share`` is above 1.
     """
 
     prompt_tokens: int = 1024

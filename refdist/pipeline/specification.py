@@ -26,8 +26,8 @@ def get_pp_indices(num_hidden_layers: int, pp_rank: int, pp_size: int) -> tuple[
             than layers.
 
     Returns:
-        ``(start, end)``: the stage holds the layers ``start`` to ``end - 1``. All stages together
-        hold every layer exactly once, in order.
+        The range ``(start, end)``. The stage holds the layers ``start`` to ``end - 1``, and all
+        stages together hold every layer exactly once, in order.
 
     Raises:
         ValueError: an argument is out of its range, or the override is malformed, has not

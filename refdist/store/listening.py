@@ -49,6 +49,8 @@ def create_tcp_store(
         ValueError: ``host`` or ``port`` is out of its range.
         OSError: ``host`` does not resolve, or cannot be listened on, or the port is taken.
         StoreConnectionError: no store answered in time.
+
+    Source: ``vllm.distributed.utils`` of vLLM 0.19 to 0.33, for its name and signature.
     """
     timeout: timedelta = kwargs.setdefault("timeout", DEFAULT_TIMEOUT)
     kwargs.setdefault("wait_for_workers", False)

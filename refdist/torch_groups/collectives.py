@@ -7,7 +7,8 @@ functions take a global rank, and such a group has none. Their arguments ``group
 ``group_dst``, the rank in the group, depend on torch. On 2.6 they do not help. On 2.13 they help
 for ``broadcast``, ``reduce``, ``scatter``, ``gather``, ``send`` and most functions for objects, but
 ``recv`` still raises, after it has received. The group's own methods take ranks of the group on
-every torch. The functions of this module call these methods.
+every torch. The functions of this module call these methods. A rank that is not in the group is a
+ValueError.
 
 A tensor may be any dense view: transposed, with gaps, conjugated or negated. If gloo or NCCL cannot
 read or write it in place, it is copied.

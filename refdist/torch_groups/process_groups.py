@@ -207,6 +207,8 @@ def stateless_destroy_torch_distributed_process_group(pg: ProcessGroup) -> None:
 
     Raises:
         CollectiveError: NCCL did not shut down within the group's timeout.
+
+    Source: the specification of ``vllm.distributed.utils``.
     """
     try:
         end_group(pg)

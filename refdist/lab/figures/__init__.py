@@ -48,3 +48,7 @@ __all__ = [
     "times_over_ranks",
     "waits_of_hosts",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
