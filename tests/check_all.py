@@ -12,6 +12,8 @@ CHECKS = {
     "lint": [*PYTHON, "ruff", "check", "."],
     "format": [*PYTHON, "ruff", "format", "--check", "."],
     "types": [*PYTHON, "mypy"],
+    # -E reads every page again, or a second run would not repeat the warnings of the first
+    "pages": [*PYTHON, "sphinx", "-c", "docs", "-E", "-W", "-q", ".", "build/docs"],
     # most tests wait, for a timeout or another rank, so several run at once
     "tests": [*PYTHON, "pytest", "-n6", "--dist=loadgroup", "tests"],
     "notebooks": [

@@ -1,5 +1,6 @@
 """What holds for every stored notebook, besides that nbval passes, and what handles notebooks."""
 
+import base64
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DEADLINE = 100.0
 IGNORED, SKIPPED = "nbval-ignore-output", "nbval-skip"
+PICTURE_KIB, NOTEBOOK_KIB = 100, 500
 
 
 def code_cells(path):
@@ -67,6 +69,16 @@ class TestStored:
 
     def test_cells_are_short(self, path):
         assert all(len(cell.source.splitlines()) <= 25 for cell in code_cells(path))
+
+    def test_is_small(self, path):
+        outputs = [output for cell in code_cells(path) for output in cell.outputs]
+        shown = [item for output in outputs for item in output.get("data", {}).items()]
+        pictures = [base64.b64decode(value) for kind, value in shown if kind == "image/png"]
+        assert max(map(len, pictures), default=0) <= PICTURE_KIB * 1024
+        assert path.stat().st_size <= NOTEBOOK_KIB * 1024
+        # widgets store a state; an SVG of many points is larger than its PNG
+        assert "widgets" not in nbformat.read(path, as_version=4).metadata
+        assert {kind for kind, _ in shown} <= {"image/png", "text/plain", "text/html"}
 
     def test_stops_its_engines(self, path):
         sources = [cell.source for cell in code_cells(path)]

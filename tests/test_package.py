@@ -3,23 +3,30 @@
 import ast
 import graphlib
 import importlib.metadata
-import importlib.resources
 import inspect
 import os
 import pickle
-import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import typing
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import refdist
 from refdist import StatelessProcessGroup, errors
 
+DEADLINE = 60  # seconds, for another process
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "refdist"
 
@@ -211,7 +218,7 @@ def test_errors_can_be_pickled(kind):
 # the package do imports go round in a circle.
 
 LAYERS = [
-    {"errors", "checks", "torch_versions", "polling", "tensor_parallel"},
+    {"errors", "checks", "command_line", "torch_versions", "polling", "tensor_parallel"},
     {"deadline", "pipeline"},
     {"store"},
     {"calls"},
@@ -226,6 +233,7 @@ LAYERS = [
     {"exploration"},
     {"benchmarks"},
     {"lab"},
+    {"__main__"},
 ]
 CORE = set().union(*LAYERS[:12]) | {"__init__"}
 FOR_NOTEBOOKS = {"matplotlib", "mpl_toolkits", "ipyparallel", "IPython", "numpy"}
@@ -259,14 +267,14 @@ def place_of(name):
 
 def test_every_module_has_its_layer():
     assert {place_of(name) for name in MODULES} == set().union(*LAYERS) | {"__init__"}
-    assert len(list(PACKAGE.glob("*.py"))) <= 10
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "refdist"])
 def test_imports_point_down(name):
     level = next(level for level, names in enumerate(LAYERS) if place_of(name) in names)
     allowed = set().union(*LAYERS[:level]) | {place_of(name)}
-    if place_of(name) in ("benchmarks", "exploration", "lab"):
+    if place_of(name) in ("benchmarks", "exploration", "lab", "__main__"):
         allowed.add("__init__")  # they use refdist as others do
     inside = {place_of(other) for other in imports(MODULES[name]) & set(MODULES)}
     assert inside <= allowed
@@ -302,70 +310,109 @@ def test_a_package_offers_what_its_modules_define():
 
 # Metadata: three files say what is needed, and agree.
 
-CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
-REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+?)\s*(>=\s*([0-9.]+).*)?$")
-
-
-def normal(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def parse_requirements(lines):
-    """Lower bounds, by normalised name."""
-    bounds = {}
-    for line in lines:
-        match = REQUIREMENT.match(line)
-        assert match and match[3], f"{line!r} has no lower bound"
-        bounds[normal(CONDA_NAMES.get(match[1], match[1]))] = match[3]
-    return bounds
-
-
-def release(version):
-    return tuple(int(part) for part in version.split("+")[0].split("."))
+PYPI_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib", "python-build": "build"}
 
 
 @pytest.fixture(scope="module")
-def project():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 @pytest.fixture(scope="module")
-def bounds(project):
-    # that of NCCL needs CUDA, and make leaves it out
-    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "nccl"]
-    return parse_requirements([*project["dependencies"], *(line for e in extras for line in e)])
+def project(pyproject):
+    return pyproject["project"]
 
 
-def test_environment_yml_agrees_with_pyproject(project, bounds):
+@pytest.fixture(scope="module")
+def needed(pyproject):
+    """What make installs: requirements by name."""
+    project, groups = pyproject["project"], pyproject["dependency-groups"]
+    everything = [{"include-group": name} for name in groups if name != "dev"]
+    assert groups["dev"] == everything
+    # nccl needs CUDA, and make leaves it out
+    assert set(project["optional-dependencies"]) == {"notebooks", "nccl"}
+    lines = project["dependencies"] + project["optional-dependencies"]["notebooks"]
+    lines += [line for name in groups if name != "dev" for line in groups[name]]
+    found = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pins():
+    """Versions of constraints.txt by name."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, exact, version = line.partition("==")
+            name = canonicalize_name(name)
+            assert exact and Version(version), line
+            assert name not in found, f"{name} is pinned twice"
+            found[name] = version
+    return found
+
+
+def test_environment_yml_agrees_with_pyproject(project, needed):
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    plain = [entry for entry in listed if isinstance(entry, str) and entry not in ("pip", "make")]
-    conda = parse_requirements(plain)
+    conda = {}
+    for entry in listed:
+        if isinstance(entry, str) and entry != "make":
+            requirement = Requirement(entry)
+            name = PYPI_NAMES.get(requirement.name, requirement.name)
+            conda[canonicalize_name(name)] = requirement.specifier
     python = conda.pop("python")
-    assert conda == bounds
-    assert project["requires-python"] == f">={python}"
+    assert conda == {name: requirement.specifier for name, requirement in needed.items()}
+    assert project["requires-python"] in str(python)
     assert [entry for entry in listed if isinstance(entry, dict)] == [
         {"pip": ["--no-deps --editable ."]}
     ]
 
 
-def test_constraints_pin_every_direct_dependency(bounds):
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = {}
-    for line in lines:
-        if line and not line.startswith("#"):
-            name, exact, version = line.partition("==")
-            assert exact and version, line
-            assert normal(name) not in pins, f"{name} is pinned twice"
-            pins[normal(name)] = version
-    for name, bound in bounds.items():
+def test_constraints_pin_what_is_needed(needed, pins):
+    for name, requirement in needed.items():
+        assert str(requirement.specifier).startswith(">="), f"{name} has no lower bound"
         assert name in pins, f"{name} is not pinned"
-        assert release(pins[name]) >= release(bound), name
+        assert requirement.specifier.contains(pins[name]), name
 
 
-def test_types_ship_with_the_package(project):
-    assert (importlib.resources.files("refdist") / "py.typed").is_file()
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "py.typed" in data["package-data"]["refdist"]
+OF_CUDA = ("cuda-", "nvidia-", "triton")  # torch with CUDA brings them, and says which versions
+
+
+def test_constraints_pin_what_the_needed_need(needed, pins):
+    wanted = {name: set(requirement.extras) for name, requirement in needed.items()}
+    todo = list(wanted)
+    while todo:
+        name = todo.pop()
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # this environment is not that of make
+        assert name in pins, f"{name} is not pinned"
+        for inner in map(Requirement, lines):
+            marker = inner.marker
+            if marker and not any(marker.evaluate({"extra": e}) for e in {"", *wanted[name]}):
+                continue
+            inner_name = canonicalize_name(inner.name)
+            if inner_name.startswith(OF_CUDA):
+                continue
+            if inner_name not in wanted or not inner.extras <= wanted[inner_name]:
+                wanted.setdefault(inner_name, set()).update(inner.extras)
+                todo.append(inner_name)
+
+
+def test_ci_runs_on_every_python_that_is_promised(project):
+    path = ROOT / ".github" / "workflows" / "ci.yml"
+    if not path.exists():
+        pytest.skip("this is a release, which has no workflows")
+    tested = yaml.safe_load(path.read_text())["jobs"]["test"]["strategy"]["matrix"]["python"]
+    promised = "Programming Language :: Python :: "
+    classifiers = project["classifiers"]
+    assert [f"{promised}{version}" for version in tested] == [
+        classifier for classifier in classifiers if classifier.startswith(f"{promised}3.")
+    ]
+
+
+def test_license(project):
     assert project["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
@@ -377,3 +424,79 @@ def test_version(project):
         installed = "0+unknown"
     assert refdist.__version__ == installed
     assert installed in (project["version"], "0+unknown")
+
+
+# The two files of a release: what is in them, and whether a stranger's environment can use them.
+# They are built from a copy, because setuptools writes beside what it builds from.
+
+
+def run(*command, cwd, **options):
+    finished = subprocess.run(
+        [*map(str, command)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+        **options,
+    )
+    assert finished.returncode == 0, finished.stdout
+    return finished.stdout
+
+
+FOLDERS = ["docs", "notebooks", "refdist", "tests"]
+FILES = [
+    *(f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "README", "SECURITY")),
+    *("CITATION.cff", "LICENSE", "MANIFEST.in", "Makefile"),
+    *("constraints.txt", "environment.yml", "pyproject.toml"),
+]
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """The folder of the release, and what it is made from, by paths in the checkout."""
+    top = tmp_path_factory.mktemp("release")
+    copy = top / "refdist"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name)
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    made = {"__pycache__", ".ipynb_checkpoints"}
+    paths = [path.relative_to(copy) for path in copy.rglob("*") if path.is_file()]
+    files = {path.as_posix() for path in paths if not made & set(path.parts)}
+    # the wheel is built from the sdist; without isolation, no package index is asked
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir=dist", copy, cwd=top)
+    return top / "dist", files
+
+
+def test_a_release_is_whole(release):
+    folder, files = release
+    run(sys.executable, "-m", "twine", "check", "--strict", *folder.iterdir(), cwd=folder)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        names = {
+            name.partition("/")[2]
+            for name in archive.getnames()
+            if archive.getmember(name).isfile()
+        }
+    added = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in names if "egg-info" not in name} == files | added
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == {name for name in files if name.startswith("refdist/")}
+    assert {Path(name).suffix for name in names} == {".py", ".typed"}
+
+
+def test_the_wheel_works_in_a_new_environment(release, project, tmp_path):
+    folder, _ = release
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = tmp_path.glob("venv/lib/python*/site-packages")
+    (site / "torch.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    wheel = next(folder.glob("*.whl"))
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=tmp_path)
+    code = "import refdist; print(refdist.__file__, refdist.__version__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    printed = run(python, "-c", code, cwd=tmp_path, env=environment)
+    assert printed.split() == [str(site / "refdist" / "__init__.py"), project["version"]]

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -107,7 +108,8 @@ def check_attack(engines: Any, attack: Attack) -> str:
 def _why_no_pickle(error: Exception) -> str:
     """The meaning of an error of pickle for this attack. Other errors are raised again."""
     text = f"{type(error).__name__}: {error}"
-    if not isinstance(error, pickle.PicklingError) and "pickle" not in text:
+    # Python 3.13 says "Can't get local object", and does not name pickle
+    if not isinstance(error, pickle.PicklingError) and not re.search("pickle|local object", text):
         raise error
     return (
         f"pickle could not write your object, so nothing was sent ({text}). __reduce__ must return "
