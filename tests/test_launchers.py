@@ -10,17 +10,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from ipyparallel.error import EngineError
 
-from refdist.lab.engines import PROFILE, LocalEngines
+from refdist.lab.cluster import PROFILE
+from refdist.lab.engines import LocalEngines
 from refdist.lab.hosts import Hosts, NoHostsError
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 110.0
 
-# The cell of a notebook, on whatever engines the profile starts.
+# Cells of a notebook, on whatever engines the profile starts. The second engine is interrupted,
+# stopped, continued and killed.
 
 PROGRAM = """
-import json
+import json, os, psutil, signal
 from refdist.lab.engines import LocalEngines
 
 CELL = '''
@@ -36,7 +39,20 @@ with StatelessProcessGroup.create(
 
 with LocalEngines(2, timeout=90, environment={"REFDIST_TEST": "yes"}) as engines:
     engines.view.execute(CELL, block=True)
-    print(json.dumps(engines.gather("gathered")))
+    second = psutil.Process(engines.client[1].apply_sync(os.getpid))
+    waiting = engines.client[1].execute("import time; time.sleep(600)", block=False)
+    while not waiting.wait(0.1):
+        engines.signal(1, signal.SIGINT)  # an idle engine ignores it
+    assert "KeyboardInterrupt" in repr(waiting.exception())
+    engines.signal(1, signal.SIGSTOP)
+    while second.status() != psutil.STATUS_STOPPED:
+        pass
+    assert engines.answering() == [0]
+    engines.signal(1, signal.SIGCONT)
+    gathered = engines.gather("gathered")
+    engines.signal(1, signal.SIGKILL)
+    assert engines.state(1) == "has ended"
+    print(json.dumps(gathered))
 """
 
 
@@ -86,10 +102,10 @@ def test_mpi(tmp_path):
 
 
 def test_a_launcher_that_fails_is_not_waited_for(tmp_path, monkeypatch):
-    text = MPI.replace("c.MPI", f"c.MPILauncher.mpi_cmd = [{shutil.which('false')!r}]\n    c.MPI")
-    profile = write_profile(tmp_path / "profile", text)
-    monkeypatch.setenv(PROFILE, str(profile))
-    with pytest.raises(TimeoutError, match=f"0 of 2 .* what started them has ended; see {profile}"):
+    command = ["sh", "-c", "echo no host; exit 3"]
+    text = MPI.replace("c.MPI", f"c.MPILauncher.mpi_cmd = {command}\n    c.MPI")
+    monkeypatch.setenv(PROFILE, str(write_profile(tmp_path / "profile", text)))
+    with pytest.raises(EngineError, match=r"stopped: {'exit_code': 3.*\n.*\nno host"):
         LocalEngines(2)
 
 

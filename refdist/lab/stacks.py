@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
+from ipyparallel.error import EngineError
 from IPython.core.getipython import get_ipython
 
 from refdist.errors import name_ranks
@@ -47,15 +48,15 @@ class Line(NamedTuple):
 
 
 class StackReader:
-    """Reads the stacks of engines on this machine at any moment, also while they hang.
+    """Reads the stacks of engines at any moment, also while they hang.
 
     Make it before the cells that may hang: it keeps the text of the cells that run from then on.
+    Engines on other machines must find the folder of their profile, ``engines.folder``, there too.
     """
 
     def __init__(self, engines: LocalEngines) -> None:
         self._engines = engines
-        # in the engines' own folder, which goes with them, if they have one
-        self._folder = Path(tempfile.mkdtemp(prefix="refdist-stacks-", dir=engines._profile))
+        self._folder = Path(tempfile.mkdtemp(prefix="refdist-stacks-", dir=engines.folder))
         weakref.finalize(self, shutil.rmtree, self._folder, True)
         engines.run(_write_stacks_at_a_signal, str(self._folder))
 
@@ -80,7 +81,7 @@ class StackReader:
 
     def _lines(self) -> list[str]:
         """The lines of each rank, or the state of its engine."""
-        states = [self._engines._state(rank) for rank in range(self._engines.n)]
+        states = [self._engines.state(rank) for rank in range(self._engines.n)]
         dumps = self._dump([rank for rank, state in enumerate(states) if state is None])
         return [
             f"    its engine {state}" if state else self._text_of(dumps[rank])
@@ -112,7 +113,7 @@ class StackReader:
         files = {rank: self._folder / f"{rank}.stacks" for rank in ranks}
         for rank, file in files.items():
             os.truncate(file, 0)
-            with suppress(ProcessLookupError):  # it may just have ended
+            with suppress(EngineError):  # it may just have ended
                 self._engines.signal(rank, _SIGNAL)
         end, looks, texts = time.monotonic() + timeout, 0, [""]
         while looks < _QUIET_LOOKS and time.monotonic() < end:

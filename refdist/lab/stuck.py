@@ -39,7 +39,8 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
 class Console:
     """A second client of an engine, as ``jupyter console --existing FILE`` would be.
 
-    It needs the engine's main thread twice: now, to be let in, and for every answer.
+    It needs the engine's main thread twice: now, to be let in, and for every answer. The engine
+    must run on this machine, where its file and its ports are.
 
     Attributes:
         file: the connection file.

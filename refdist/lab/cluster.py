@@ -1,0 +1,87 @@
+"""Clusters of ipyparallel, each a controller and its engines, here or where a profile says."""
+
+import asyncio
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ipyparallel
+from ipyparallel.error import EngineError
+
+PROFILE = "REFDIST_PROFILE"
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",  # four engines share the few cores of a laptop
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection would fill a notebook with stack traces
+    # torch looks up the name of each address that it connects to; a lost answer costs 5 s, or 1
+    "RES_OPTIONS": "timeout:1 attempts:1",
+}
+"""Variables of the engines, where nothing else sets them."""
+
+# ipyparallel gives up an engine that misses 10 heartbeats, one in 3 s, and so one that was stopped
+# for half a minute. A reader may take an hour until the cell that lets it go on.
+_HEARTBEATS = "--HeartMonitor.max_heartmonitor_misses=1200"
+
+
+class Cluster(ipyparallel.Cluster):  # type: ignore[misc]
+    """A cluster that shows nothing while it starts, and whose errors have its output."""
+
+    async def start_and_connect(self, n: int, timeout: float) -> Any:
+        """Start ``n`` engines, and return a client of them.
+
+        ipyparallel's own method shows a bar of progress, which no two runs store alike. Its errors
+        do not say why an engine ended, and the file that does is removed with the cluster.
+
+        Raises:
+            TimeoutError: not all engines started in time.
+            ipyparallel.error.EngineError: what started them has ended.
+        """
+        await self.start_cluster(n)
+        client = await self.connect_client()
+        started = client.wait_for_engines(n, timeout=timeout, block=False, interactive=False)
+        try:
+            await asyncio.wrap_future(started)
+        except (EngineError, TimeoutError) as error:
+            client.close()
+            output = self.engine_set.get_output()
+            raise type(error)(f"{error}\nOutput of the engines:\n{output}") from None
+        return client
+
+
+def on_this_machine(n: int, environment: dict[str, str]) -> Cluster:
+    """A cluster that is to start here, with a folder of its own, which is the caller's to remove.
+
+    The profile of the user is not used: it may start engines elsewhere.
+    """
+    cluster = Cluster(
+        n=n,
+        profile_dir=tempfile.mkdtemp(prefix="refdist-engines-"),
+        controller_ip="127.0.0.1",
+        controller_args=[_HEARTBEATS],
+        engine_launcher_class="local",
+        controller_launcher_class="local",
+        log_level=logging.ERROR,
+        cluster_file="",  # ipyparallel would restore it and the folder when an engine ends
+        shutdown_atexit=False,  # engine_guard ends the engines
+    )
+    # besides this process's own; RES_OPTIONS has no effect after an engine's first look-up
+    settings = {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
+    cluster.config.LocalEngineLauncher.environment = settings | environment
+    return cluster
+
+
+def of_profile(n: int, name: str) -> Cluster:
+    """A cluster that is to start as a profile says, which is named by itself or by its folder.
+
+    Raises:
+        ValueError: there is no such profile.
+    """
+    place = {"profile_dir": name} if os.sep in name else {"profile": name}
+    cluster = Cluster(n=n, log_level=logging.ERROR, **place)
+    if not Path(cluster.profile_dir).is_dir():
+        raise ValueError(
+            f"{PROFILE}={name}: there is no {cluster.profile_dir}; make it with "
+            f"'ipython profile create --parallel'"
+        )
+    return cluster
