@@ -112,8 +112,8 @@ def try_a_group() -> tuple[bool, str]:
 def _torch() -> str:
     here = tuple(int(part) for part in torch.__version__.split(".")[:2])
     first, last = (".".join(map(str, version)) for version in TESTED)
-    known = "tested" if TESTED[0] <= here <= TESTED[1] else "NOT AMONG THOSE TESTED"
-    return f"torch {torch.__version__} ({known}: {first} to {last})"
+    known = "in" if TESTED[0] <= here <= TESTED[1] else "OUTSIDE"
+    return f"torch {torch.__version__} ({known} the range tested: {first} to {last})"
 
 
 def _store() -> str:
@@ -140,7 +140,7 @@ def _backends() -> str:
 def _nccl() -> str:
     found = _version("nccl4py")
     missing = [] if torch.cuda.is_available() else ["a GPU"]
-    missing += [] if found else ["nccl4py: pip install 'refdist[nccl]'"]
+    missing += [] if found else ["nccl4py: pip install nccl4py cuda-bindings"]
     return f"needs {' and '.join(missing)}" if missing else f"nccl4py {found}"
 
 
@@ -181,7 +181,7 @@ def _notebooks() -> str:
     found = {name: _version(name) for name in ("ipyparallel", "jupyterlab", "matplotlib")}
     texts = [f"{name} {number}" if number else f"no {name}" for name, number in found.items()]
     if not all(found.values()):
-        texts[-1] += "; pip install 'refdist[notebooks]' brings all"
+        texts[-1] += "; pip install '.[notebooks]' brings all"
     return ", ".join(texts)
 
 

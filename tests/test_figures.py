@@ -251,5 +251,5 @@ def test_without_matplotlib():
     finished = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     )
-    said = "refdist.lab.figures needs matplotlib: pip install 'refdist[notebooks]'"
+    said = "refdist.lab.figures needs matplotlib: pip install '.[notebooks]'"
     assert finished.stderr.splitlines()[-1] == f"ModuleNotFoundError: {said}"

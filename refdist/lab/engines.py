@@ -22,7 +22,7 @@ try:
     from refdist.lab import cluster, engine_guard, px
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"refdist.lab.engines needs {error.name}: pip install 'refdist[notebooks]'", name=error.name
+        f"refdist.lab.engines needs {error.name}: pip install '.[notebooks]'", name=error.name
     ) from None
 
 _QUEUE_SECONDS = 600.0  # a cluster may queue its jobs

@@ -39,7 +39,7 @@ def load() -> Any:
         return importlib.import_module("nccl.core")
     except ImportError as error:
         raise ImportError(
-            f"refdist.nccl needs nccl4py ({error}): pip install refdist[nccl]"
+            f"refdist.nccl needs nccl4py ({error}): pip install nccl4py cuda-bindings"
         ) from error
 
 

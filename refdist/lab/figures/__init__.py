@@ -7,7 +7,7 @@ try:
     import matplotlib  # noqa: F401  # so that one place reports its absence
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"refdist.lab.figures needs {error.name}: pip install 'refdist[notebooks]'", name=error.name
+        f"refdist.lab.figures needs {error.name}: pip install '.[notebooks]'", name=error.name
     ) from None
 
 from refdist.lab.figures.all_reduce import (
