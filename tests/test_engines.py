@@ -422,8 +422,7 @@ def test_without_ipyparallel():
     )
     last = finished.stderr.splitlines()[-1]
     assert last == (
-        "ModuleNotFoundError: refdist.lab.engines needs ipyparallel: "
-        "pip install '.[notebooks]'"
+        "ModuleNotFoundError: refdist.lab.engines needs ipyparallel: pip install '.[notebooks]'"
     )
 
 

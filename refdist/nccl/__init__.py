@@ -2,7 +2,7 @@
 
 ``NcclCommunicator`` has names and signatures of vLLM's ``PyNcclCommunicator``, and forms one
 communicator with its ranks. Unlike it, every call here ends by a deadline. It needs CUDA GPUs and
-nccl4py (``pip install nccl4py cuda-bindings``), which is imported when the first communicator is made.
+nccl4py (``pip install nccl4py cuda-bindings``), imported when the first communicator is made.
 Importing this package needs neither.
 
 Read ``handle`` first: how a call to NCCL gets a deadline. Then ``forming``: how a communicator
