@@ -243,7 +243,10 @@ WRONG = {
     "refdist.benchmarks weights --vocabulary 0": "--vocabulary: 0: must be at least 1",
     "refdist.benchmarks weights --buffer-mib 0": "--buffer-mib: 0: must be at least 1",
     "refdist.benchmarks nccl --world-size 1": "--world-size: 1: must be at least 2",
-    "refdist.benchmarks nccl --world-size 99": "99 ranks: must be at least 2, on a GPU each",
+    "refdist.benchmarks nccl --world-size 99": (
+        "must have a GPU for each of 99 ranks, and torch finds "
+    ),
+    "refdist.benchmarks allreduce --sizes 8000000000000": "and at most ",
     "refdist.benchmarks nccl --sizes 6": "--sizes: 6: must be a multiple of 4, above 0",
 }
 

@@ -1,6 +1,7 @@
 """Weights from one rank to the others: over gloo, over stores, and with vLLM's own code."""
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -33,8 +34,9 @@ from refdist.weights import (
     receive_weights,
     send_weights,
 )
-from refdist.weights.chunks import cut
-from refdist.weights.descriptions import weights_of_metas
+from refdist.weights.channels import Channel
+from refdist.weights.chunks import cut, pack, unpack_into
+from refdist.weights.descriptions import weights_of, weights_of_metas
 from refdist.weights.memory import past_of
 
 SLACK = 8.0
@@ -253,26 +255,63 @@ def test_what_is_kept_never_changes():
     assert run_ranks(keep_some, 2) == [(True, True)] * 2
 
 
-def receive_and_drop(here):
-    group, weights = form(here), sizes_of(*[100] * 9)
-    options = {"buffer_bytes": 150}
-    seen = []
-    for _ in range(3):
-        if here.rank == 0:
-            send_weights(weights, group, **options)
-        else:
-            for name, tensor in receive_weights(describe(weights), group, 0, **options):
-                assert torch.equal(tensor, dict(weights)[name])
-            del tensor
-        assert len(kept_by(group)) <= 2
-        seen += [kept for kept, _ in kept_by(group)]
-    here.meet("end")
-    return len({id(kept) for kept in seen})
-
-
 def test_memory_is_used_again():
-    # for 15 chunks; gloo's thread may still hold the last one for a moment
-    assert max(run_ranks(receive_and_drop, 2)) <= 7
+    weights, seen = sizes_of(*[100] * 9), []
+
+    def look(pairs):
+        for pair in pairs:
+            seen.extend(kept for kept, _ in kept_by(tape))
+            yield pair
+
+    # a communicator that has ended when it returns, as gloo's thread holds memory a moment longer
+    tape = Tape()
+    for _ in range(3):
+        send_weights(look(weights), tape, buffer_bytes=150)
+    assert len({id(kept) for kept in seen}) == 1  # for 15 chunks
+    tape, seen = Tape(tape.kept), []
+    for _ in range(3):
+        for name, tensor in look(receive_weights(describe(weights), tape, 0, buffer_bytes=150)):
+            assert torch.equal(tensor, dict(weights)[name])
+        del tensor
+    assert len({id(kept) for kept in seen}) == 2  # one of them is the caller's
+
+
+# Tensors that are made on the way go when they are packed, also while two chunks are under way.
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_packed_tensors_are_let_go(ahead, monkeypatch):
+    monkeypatch.setattr(Channel, "ahead", ahead)
+    made = []
+
+    def weights():
+        for number in range(40):
+            memory = memoryview(bytearray(100))
+            made.append(weakref.ref(memory))
+            tensor = torch.frombuffer(memory, dtype=torch.uint8)
+            del memory
+            yield f"w{number}", tensor
+            del tensor
+            # a chunk of ten that is being gathered, and the last one of the chunk before
+            assert sum(user() is not None for user in made) <= 11
+
+    send_weights(weights(), Tape(), buffer_bytes=950)
+
+
+# A chunk is the only memory that a transfer takes: tensors with gaps are copied from and to it.
+
+
+def test_tensors_with_gaps_take_no_more_memory():
+    weights = {f"w{n}": random_bits((400, 500), torch.float32).t() for n in range(4)}
+    into = {name: torch.zeros(400, 500).t() for name in weights}
+    sent = list(weights_of(weights))
+    memory = torch.empty(sum(weight.num_bytes for weight in sent), dtype=torch.uint8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        pack(sent, memory)
+        unpack_into(list(weights_of(into)), memory)
+    taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert taken < memory.numel() / 20  # torch's own copy of such a tensor takes a little
+    check_same(into.items(), weights.items())
 
 
 # Over a StatelessProcessGroup: small tensors, as objects of its store. It has a timeout of its own.
@@ -695,6 +734,23 @@ def test_the_source_keeps_to_its_announcement():
     assert len(tape.kept) == 4
 
 
+# Weights of a mapping or a list are all checked before the first is sent, so a wrong one costs
+# neither broadcasts nor the communicator.
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_mapping_is_checked_before(kind, announced):
+    tape, weights = Tape(), sizes_of(*[10] * 5)
+    metas = describe(weights) if announced else None
+    with pytest.raises(ValueError, match=r"'sparse' of .* must be dense"):
+        send_weights(kind([*weights, ("sparse", torch.eye(2).to_sparse())]), tape, packed=False,
+                     metas=metas)  # fmt: skip
+    assert tape.kept == []
+    send_weights(kind(weights), tape, packed=False)
+    assert len(tape.kept) == 5
+
+
 # A rank dies in the middle. The others get the error of the communicator within their deadline,
 # and it says what was on the way. Rank 1 is killed after it has the first of the large weights.
 
@@ -852,6 +908,26 @@ def test_a_transfer_breaks_off(on_rank):
     run_ranks(break_off, 2, on_rank)
 
 
+# Ctrl-C may come when a broadcast has begun and its call has not returned. On a GPU, memory that is
+# left then must not be used again before the broadcast has ended: the channel is told of it.
+
+
+class InterruptedTape(Tape):
+    def broadcast(self, tensor, src):
+        self.kept.append(tensor)
+        if len(self.kept) == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one by one"])
+def test_ctrl_c_when_a_broadcast_has_begun(packed, monkeypatch):
+    left, tape = [], InterruptedTape()
+    monkeypatch.setattr(Channel, "leave", lambda _, tensor: left.append(tensor))
+    with pytest.raises(KeyboardInterrupt):
+        send_weights(sizes_of(*[10] * 9), tape, packed=packed, buffer_bytes=15)
+    assert [tensor.data_ptr() for tensor in left] == [tape.kept[1].data_ptr()]
+
+
 # Ctrl-C ends a wait over gloo long before its deadline, on the source and on a receiver.
 
 
@@ -932,43 +1008,89 @@ def test_streams_of_a_gpu(packed):
         check_same([(name, tensor.cpu()) for name, tensor in received], expected)
 
 
-# A transfer takes memory for two chunks, or for three if the caller gets views of them. When it
+# A transfer takes memory for two chunks, or for three if the caller gets views of them, also if
+# tensors have gaps. Chunks that differ a little take as much memory as the largest. When a transfer
 # breaks off, memory is not used again before the broadcast that is under way has written to it.
+
+MIB = 2**20
 
 
 class SevensSlowly(Tape):
     device = torch.device("cuda", 0)
 
-    def __init__(self):
+    def __init__(self, rank=1, interrupted=False):
         super().__init__([])
+        self.rank, self.interrupted = rank, interrupted
 
     def broadcast(self, tensor, src):
         torch.cuda._sleep(20_000_000)  # cycles
         tensor.fill_(7)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
+def peak_memory(call):
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @needs_gpus(1)
 @pytest.mark.xdist_group("gpu")
 def test_memory_of_a_gpu():
     torch.cuda.set_device(0)
-    into = {f"w{n}": torch.zeros(2**20, dtype=torch.uint8, device="cuda") for n in range(40)}
-    metas, options = describe(into), {"buffer_bytes": 2**22, "timeout": 20}
-    calls = {
-        2: lambda: receive_into(into, SevensSlowly(), 0, **options),
-        3: lambda: [0 for _ in receive_weights(metas, SevensSlowly(), 0, **options)],
-    }
-    for chunks, call in calls.items():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        assert torch.cuda.max_memory_allocated() - before == chunks * 5 * 2**20
-    assert all(bool((tensor == 7).all()) for tensor in into.values())
+    sizes, options = [MIB - 8 * n for n in range(40)], {"buffer_bytes": 4 * MIB, "timeout": 20}
+    into = {f"w{n}": torch.zeros(size, dtype=torch.uint8, device="cuda")
+            for n, size in enumerate(sizes)}  # fmt: skip
+    gaps = {name: torch.zeros(2 * tensor.numel(), dtype=torch.uint8, device="cuda")[::2]
+            for name, tensor in into.items()}  # fmt: skip
+    metas = describe(into)
+    for some in (into, gaps):
+        peak = peak_memory(lambda some=some: receive_into(some, SevensSlowly(), 0, **options))
+        assert peak == 2 * 5 * MIB
+        assert all(bool((tensor == 7).all()) for tensor in some.values())
+        peak = peak_memory(lambda some=some: send_weights(some, SevensSlowly(0), **options))
+        assert peak == 2 * 5 * MIB
+    peak = peak_memory(lambda: [0 for _ in receive_weights(metas, SevensSlowly(), 0, **options)])
+    assert peak == 3 * 5 * MIB
     received = receive_weights(metas, SevensSlowly(), 0, **options)
     next(received)
     del received
-    others = [torch.zeros(5 * 2**20, dtype=torch.uint8, device="cuda") for _ in range(3)]
+    check_left_alone()
+    with pytest.raises(KeyboardInterrupt):
+        receive_into(into, SevensSlowly(interrupted=True), 0, **options)
+    check_left_alone()
+
+
+def check_left_alone():
+    """Memory that is taken now is not written to by what is under way."""
+    gc.collect()
+    others = [torch.zeros(5 * MIB, dtype=torch.uint8, device="cuda") for _ in range(3)]
     torch.cuda.synchronize()
     assert not any(bool(tensor.any()) for tensor in others)
+
+
+# A communicator that does not abort, as vLLM's: two broadcasts that are late share one deadline.
+
+
+class LateTape(Tape):
+    device = torch.device("cuda", 0)
+
+    def broadcast(self, tensor, src):
+        torch.cuda._sleep(6_000_000_000)  # cycles; a GPU makes fewer than 2.5e9 in a second
+
+
+@needs_gpus(1)
+@pytest.mark.xdist_group("gpu")
+def test_late_broadcasts_share_a_deadline():
+    torch.cuda.set_device(0)
+    weights = [(f"w{n}", torch.zeros(100, dtype=torch.uint8, device="cuda")) for n in range(3)]
+    began = time.monotonic()
+    with pytest.raises(CollectiveError, match="sending weight 0, 'w0'"):
+        send_weights(weights, LateTape(), packed=False, timeout=2)
+    assert time.monotonic() - began < 2 * 2
+    torch.cuda.synchronize()
 
 
 # Between two GPUs, over an NCCL group of torch: weights that are on the GPU, and some on the CPU.

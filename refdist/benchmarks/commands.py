@@ -67,8 +67,9 @@ def _add(
 
 
 def _sizes(factor: int) -> Callable[[str], int]:
-    rule = f"a multiple of {factor}, above 0"
-    return number(int, lambda size: size > 0 and size % factor == 0, rule)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rule = f"a multiple of {factor}, above 0 and at most {memory}, this machine's memory"
+    return number(int, lambda size: 0 < size <= memory and size % factor == 0, rule)
 
 
 def _add_control(names: Any) -> None:
@@ -213,11 +214,9 @@ def _add_nccl(names: Any) -> None:
 
 def _check_nccl(options: Namespace) -> None:
     gpus = torch.cuda.device_count()
-    ranks = options.world_size or gpus
-    if not 2 <= ranks <= gpus:
-        options.parser.error(
-            f"{ranks} ranks: must be at least 2, on a GPU each, and torch finds {gpus}"
-        )
+    ranks = options.world_size or max(gpus, 2)
+    if gpus < ranks:
+        options.parser.error(f"must have a GPU for each of {ranks} ranks, and torch finds {gpus}")
     if importlib.util.find_spec("nccl") is None:
         options.parser.error("nccl4py is not installed: pip install refdist[nccl]")
 

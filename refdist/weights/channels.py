@@ -136,6 +136,7 @@ class CudaChannel(Channel):
         own = getattr(communicator, "timeout", None)
         own = float(own) if isinstance(own, (int, float)) else _CUDA_SECONDS
         self._seconds = own if timeout is None else timeout
+        self._end: float | None = None
         self._stream = _cuda.Stream(device)
 
     def _start(self, tensor: torch.Tensor) -> Finish:
@@ -155,12 +156,14 @@ class CudaChannel(Channel):
         return lambda: self._wait_for(ended, began)
 
     def _wait_for(self, ended: Any, began: float) -> None:
-        end = time.monotonic() + self._seconds
+        """Wait. After one that was late, those behind it get no deadline of their own."""
+        if self._end is None:
+            self._end = time.monotonic() + self._seconds
         while not ended.query():
-            if time.monotonic() > end:
+            if time.monotonic() > self._end:
                 if hasattr(self._communicator, "wait"):
                     self._communicator.wait(0.0)  # aborts and raises, unless it has ended just now
-                    return
+                    break
                 if isinstance(self._communicator, ProcessGroup):
                     torch_versions.abort(self._communicator)
                 raise self._failure(began, self._seconds, TimeoutError("timed out"))
@@ -168,6 +171,7 @@ class CudaChannel(Channel):
                 sched_yield()
             else:
                 time.sleep(_POLL_SECONDS)
+        self._end = None
 
     def leave(self, tensor: torch.Tensor) -> None:
         """Keep its memory from being used again before the broadcast has ended."""

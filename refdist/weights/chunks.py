@@ -1,6 +1,6 @@
 """The cut of weights into chunks, and how tensors lie in the bytes of one. Nothing is sent here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,6 @@ from refdist.weights.descriptions import Weight
 
 _TOGETHER = 64
 """Weights that one launch packs. A GPU copies them while the host prepares the next ones."""
-
-_Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,55 +72,72 @@ def bytes_in_place(weight: Weight, device: torch.device) -> torch.Tensor | None:
     return _bytes_of(tensor)
 
 
-def pack(chunk: Chunk, memory: torch.Tensor) -> None:
+def pack(weights: Sequence[Weight], memory: torch.Tensor) -> None:
     """Copy the tensors of a chunk into its bytes, one after the other, without gaps."""
-    places = _cut(chunk, memory)
-    for first in range(0, len(places), _TOGETHER):
-        some = slice(first, first + _TOGETHER)
-        _copy([_sent_bytes(weight, memory.device) for weight in chunk.weights[some]], places[some])
+    sources, places = list[torch.Tensor](), list[torch.Tensor]()
+    for weight, part in zip(weights, _cut(weights, memory), strict=True):
+        source = bytes_in_place(weight, memory.device)
+        if source is not None:
+            sources.append(source)
+            places.append(part)
+        elif _is_aligned(weight, part):
+            _as(weight, part).copy_(_tensor(weight))
+        else:
+            part.copy_(_bytes_of(plain(_tensor(weight))))
+        if len(places) == _TOGETHER:
+            _copy(sources, places)
+            sources, places = [], []
+    _copy(sources, places)
 
 
-def unpack(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[Weight, torch.Tensor]]:
+def unpack(
+    weights: Sequence[Weight], memory: torch.Tensor
+) -> Iterator[tuple[Weight, torch.Tensor]]:
     """The tensors in the bytes of a chunk: views of them, or a copy of one that is misaligned."""
-    for weight, part in zip(chunk.weights, _cut(chunk, memory), strict=True):
-        aligned = part.storage_offset() % weight.dtype.itemsize == 0
-        yield weight, _as(weight, part if aligned else part.clone())
+    for weight, part in zip(weights, _cut(weights, memory), strict=True):
+        yield weight, _elements(weight, part)
 
 
-def unpack_into(chunk: Chunk, memory: torch.Tensor) -> None:
-    """Copy the bytes of a chunk into its tensors. One that is elsewhere or has gaps comes after."""
-    in_place = [bytes_in_place(weight, memory.device) for weight in chunk.weights]
-    places = [
-        memory.new_empty(weight.num_bytes) if place is None else place
-        for weight, place in zip(chunk.weights, in_place, strict=True)
-    ]
+def unpack_into(weights: Sequence[Weight], memory: torch.Tensor) -> None:
+    """Copy the bytes of a chunk into its tensors."""
+    parts, places = list[torch.Tensor](), list[torch.Tensor]()
     with torch.inference_mode():  # outside, torch writes to no tensor that was made in it
-        _copy(_cut(chunk, memory), places)
-        for weight, place, there in zip(chunk.weights, places, in_place, strict=True):
-            if there is None and weight.tensor is not None:
-                weight.tensor.copy_(_as(weight, place))
+        for weight, part in zip(weights, _cut(weights, memory), strict=True):
+            place = bytes_in_place(weight, memory.device)
+            if place is not None:
+                parts.append(part)
+                places.append(place)
+            else:
+                _tensor(weight).copy_(_elements(weight, part))
+        _copy(parts, places)
 
 
-def _sent_bytes(weight: Weight, device: torch.device) -> torch.Tensor:
-    place = bytes_in_place(weight, device)
-    if place is None:
-        assert weight.tensor is not None
-        place = _bytes_of(plain(weight.tensor).to(device))
-    return place
+def _tensor(weight: Weight) -> torch.Tensor:
+    assert weight.tensor is not None
+    return weight.tensor
 
 
-def _cut(chunk: Chunk, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split_with_sizes(memory, [weight.num_bytes for weight in chunk.weights])
+def _cut(weights: Sequence[Weight], memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split_with_sizes(memory, [weight.num_bytes for weight in weights])
 
 
-def _copy(sources: _Tensors, places: _Tensors) -> None:
+def _is_aligned(weight: Weight, part: torch.Tensor) -> bool:
+    return part.storage_offset() % weight.dtype.itemsize == 0
+
+
+def _elements(weight: Weight, part: torch.Tensor) -> torch.Tensor:
+    return _as(weight, part if _is_aligned(weight, part) else part.clone())
+
+
+def _copy(sources: list[torch.Tensor], places: list[torch.Tensor]) -> None:
     """Copy tensors of bytes. On a GPU, one launch does it for hundreds of tensors.
 
     A ``copy_`` for each takes the host as long as the GPU takes to send a MiB. ``torch.cat`` takes
     the GPU's memory so much that the broadcast of another chunk meanwhile takes 12% longer; this
     makes it 2% longer (two H100). Torch's FSDP uses it too.
     """
-    torch._foreach_copy_(places, sources)
+    if places:
+        torch._foreach_copy_(places, sources)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

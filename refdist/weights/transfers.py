@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from refdist.weights.channels import Channel, channel_of
+from refdist.weights.channels import Channel, Finish, channel_of
 from refdist.weights.chunks import Chunk, bytes_in_place, cut, pack, unpack, unpack_into
 from refdist.weights.descriptions import (
     BUFFER_BYTES,
@@ -35,25 +35,27 @@ def send_weights(
     """Send named tensors to every other rank of a communicator. They must all receive.
 
     Blocks until this rank's part is done, and the tensors may be changed again, also after an
-    Exception. A receiver may not have all of them yet; a barrier after it tells.
+    Exception. But a broadcast that has not ended by its deadline may read them until the
+    communicator is destroyed. A receiver may not have all of them yet; a barrier after it tells.
 
     Args:
-        weights: pairs of a name and a dense tensor, or a mapping. They are taken one by one, so
-            they may be made on the way (gathered, converted). Views, tensors with gaps and those of
-            another device are copied. A tensor must not change before the call returns.
+        weights: pairs of a name and a dense tensor, or a mapping. Those of a mapping or a list are
+            checked before anything is sent. Others are taken one by one, so they may be made on the
+            way (gathered, converted). Views, tensors with gaps and those of another device are
+            copied. A tensor must not change before the call returns.
         communicator: see ``refdist.weights``.
         src: this rank; None for the communicator's rank.
         packed: in vLLM's format, as it packs weights. False for one broadcast for each tensor.
         buffer_bytes: packed, the bytes after which a broadcast is made; the same on all ranks.
         metas: what ``describe`` or ``agree`` has told the others. Each weight is compared with it
-            before it is sent; those of a mapping or a list, before anything is sent.
+            before it is sent.
         timeout: in seconds, for each broadcast; None for that of the communicator, or 300 seconds
             for one of a GPU that has no attribute ``timeout``. It also runs while a receiver works
             on what came before. A StatelessProcessGroup takes none.
 
     Raises:
         ValueError: an argument is wrong; a weight is no pair of a name and a dense tensor, or is
-            not that of ``metas``. Weights before it may have been sent.
+            not that of ``metas``. Of an iterator, weights before it may have been sent.
         CollectiveError, MessageError: of the communicator. The text begins with the weights that
             were being sent. Or the last transfer over the communicator did not end.
     """
@@ -64,8 +66,8 @@ def send_weights(
     found: Iterable[Weight] = weights_of(weights)
     if metas is not None:
         found = _compared(found, weights_of_metas(metas), channel.rank)
-        if isinstance(weights, (Mapping, Sequence)):
-            found = list(found)
+    if isinstance(weights, (Mapping, Sequence)):
+        found = list(found)
     for moved in _moved(cut(found, packed, buffer_bytes), packed, channel):
         del moved  # with its memory, which the next chunk gets
 
@@ -116,7 +118,7 @@ def receive_weights(
     return (
         (weight.name, tensor)
         for moved in received
-        for weight, tensor in unpack(moved.chunk, moved.memory)
+        for weight, tensor in unpack(moved.weights, moved.memory)
     )
 
 
@@ -152,7 +154,7 @@ def receive_into(
         _check_not_expanded(weight)
     for moved in _received(found, communicator, src, packed, buffer_bytes, timeout):
         if not moved.in_place:
-            unpack_into(moved.chunk, moved.memory)
+            unpack_into(moved.weights, moved.memory)
         del moved  # with its memory, which the next chunk gets
 
 
@@ -194,14 +196,16 @@ def _moved(chunks: Iterable[Chunk], packed: bool, channel: Channel) -> "Iterator
                 under_way[0].wait()
                 yield under_way.popleft()
             under_way.append(_Moving(chunk, packed, channel))
+            under_way[-1].start()  # not before: what has begun must be among those that are left
+            del chunk  # with its tensors, before those of the next one are made
         while under_way:
             under_way[0].wait()
             if len(under_way) == 1:
                 channel.end()  # also if the caller does not ask for more than it gets
             yield under_way.popleft()
     except Exception:
-        for moving in under_way:  # once this has raised, the caller may change the tensors
-            with suppress(Exception):
+        with suppress(Exception):  # once this has raised, the caller may change the tensors
+            for moving in under_way:
                 moving.wait()
         raise
     finally:
@@ -210,14 +214,15 @@ def _moved(chunks: Iterable[Chunk], packed: bool, channel: Channel) -> "Iterator
 
 
 class _Moving:
-    """A chunk whose broadcast has begun, in the tensor of its only weight, or in other memory.
+    """A chunk on its way, in the tensor of its only weight, or in other memory.
 
-    It holds its tensors until the broadcast has ended: on a GPU, freed memory may be used again
-    before the broadcast has read it.
+    It holds this memory until the broadcast has ended: on a GPU, freed memory may be used again
+    before the broadcast has read it. It holds no weights that it has packed.
     """
 
     def __init__(self, chunk: Chunk, packed: bool, channel: Channel) -> None:
-        self.chunk, sends = chunk, channel.src == channel.rank
+        self._channel, sends = channel, channel.src == channel.rank
+        self.weights = () if sends else chunk.weights
         self._what = f"rank {channel.rank}, {'sending' if sends else 'receiving'} {chunk}"
         with _naming(self._what):
             memory = None
@@ -229,8 +234,14 @@ class _Moving:
                 again = packed or sends
                 memory = channel.memory.take(chunk.num_bytes, channel.device, again)
                 if sends:
-                    pack(chunk, memory)
-            self.memory, self._finish = memory, channel.start(memory)
+                    pack(chunk.weights, memory)
+        self.memory: torch.Tensor = memory
+        self._finish: Finish = lambda: None
+
+    def start(self) -> None:
+        """Begin the broadcast."""
+        with _naming(self._what):
+            self._finish = self._channel.start(self.memory)
 
     def wait(self) -> None:
         """Wait until the broadcast has ended. One that has failed is not waited for again."""
