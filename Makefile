@@ -8,7 +8,8 @@
 # make peers      fetch the part of vLLM's source that tests run against, into build/: seconds
 # make fuzz       let a stranger write 100,000 inputs into the stores of live groups, and unpickle
 #                 1,000,000 hostile messages as plain data: minutes
-# make nemesis    kill, stop and interrupt ranks at random for SECONDS=600, and check their logs
+# make nemesis    kill, stop and interrupt ranks at random for SECONDS=600, and check their logs;
+#                 and as long again with groups that split, shrink and grow
 # make notebooks  execute all notebooks and store them with their outputs
 # make docs       build the pages of docs/, with the notebooks and every docstring, into build/docs
 # make clean      remove what make installed and built; learn/ stays
@@ -49,6 +50,7 @@ fuzz: $(READY)
 
 nemesis: $(READY)
 	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python tests/nemesis.py $(or $(SECONDS),600)
+	TORCH_CPP_LOG_LEVEL=FATAL $(BIN)/python tests/regrouping_nemesis.py $(or $(SECONDS),600)
 
 notebooks: $(READY)
 	$(BIN)/python tests/store_notebooks.py

@@ -13,7 +13,7 @@ calls
 objects
     How an object is encoded, sent, received, gathered.
 joining
-    How ranks find each other, come together again, and leave.
+    How ranks find each other, come together again, and leave; how a group splits, shrinks, grows.
 group, errors, phases
     ``StatelessProcessGroup``, which hands on to all of these; what it raises, and records.
 vllm_wire

@@ -36,9 +36,11 @@ _WIDTH = 100
 _FOLDER = Path(__file__).parent.parent
 _BEGIN = """\
 Save three lines as hello.py:
-    from refdist import StatelessProcessGroup
-    with StatelessProcessGroup.from_env() as group:
-        print(group.rank, group.all_gather_obj(f"hello from {group.rank}"))
+
+from refdist import StatelessProcessGroup
+with StatelessProcessGroup.from_env() as group:
+    print(group.rank, group.all_gather_obj(f"hello from {group.rank}"))
+
 and start two ranks:
     python -m torch.distributed.run --standalone --nproc-per-node=2 hello.py
 To read on: help(refdist) in Python, and https://github.com/refdist/refdist

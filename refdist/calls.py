@@ -149,15 +149,9 @@ class Calls:
         except ConcurrentCallError:
             raise
         except BaseException:
-            self.end()
+            self.closed = True
             raise
-        self.end()
-
-    def end(self) -> None:
-        """End the calls at once, and let the store go."""
         self.closed = True
-        if self.client is not None:
-            self.client.close()
 
     def check_open(self, what: str) -> None:
         """Raise ValueError if the group is closed."""

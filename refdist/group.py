@@ -13,10 +13,12 @@ from torch.distributed import Store, TCPStore
 from refdist.checks import check_integer, check_rank, check_seconds
 from refdist.deadline import Deadline
 from refdist.errors import BarrierError, MessageTimeoutError
+from refdist.joining.admitting import Admitting
 from refdist.joining.launched import find_place
 from refdist.joining.leaving import Leaving
 from refdist.joining.realigning import Realigning
 from refdist.joining.rendezvous import Joined, form
+from refdist.joining.splitting import made
 from refdist.joining.wires import wire_of
 from refdist.objects.encoding import loads_of
 from refdist.objects.gathering import try_to_encode, usable
@@ -28,7 +30,7 @@ from refdist.torch_versions import tcp_store_of
 
 
 @dataclass(eq=False)
-class StatelessProcessGroup(Leaving, Realigning, TensorMethods):
+class StatelessProcessGroup(Leaving, Realigning, Admitting, TensorMethods):
     """A store, and the rank and world size of this process in the group that shares it.
 
     It carries metadata between processes: objects and small CPU tensors. For the data plane,
@@ -36,10 +38,11 @@ class StatelessProcessGroup(Leaving, Realigning, TensorMethods):
     nothing global, so a process may be in several groups, with a different rank in each.
     All ranks call the collective methods (``barrier``, ``broadcast_obj``, ``all_gather_obj`` and
     those built on them) in the same order. A group is for one thread at a time. Every method ends
-    in time, and can be interrupted (SIGINT); ``refdist.calls`` says what holds then. Objects travel
-    as pickles, so a process that can forge one can run code on every rank: give a ``secret`` to
-    ``create``, or trust the network; ``refdist.store.seals`` says what a secret does not do. Or
-    take ``messages="plain"``, if plain data and tensors are enough.
+    in time, and can be interrupted (SIGINT); ``refdist.calls`` says what holds then. It raises a
+    StoreConnectionError if the store is lost, and a ConcurrentCallError if another thread is in a
+    call. Objects travel as pickles, so a process that can forge one can run code on every rank:
+    give a ``secret`` to ``create``, or trust the network; ``refdist.store.seals`` says what a
+    secret does not do. Or take ``messages="plain"``, if plain data and tensors are enough.
 
     Attributes:
         rank: this process, 0 to ``world_size - 1``.
@@ -83,7 +86,9 @@ class StatelessProcessGroup(Leaving, Realigning, TensorMethods):
                 counter.setdefault(rank, 0)
         loads = loads_of(self.messages)
         joined = joined or Joined.over(self.store, self.rank, self.world_size)
-        self._wire, self._barrier, self._calls = joined.wire, joined.barrier, joined.calls
+        self._joined, self._wire, self._barrier = joined, joined.wire, joined.barrier
+        self._calls, self._connection = joined.calls, joined.connection
+        self._connection.open.add(self)
         self._mailbox = self._wire.mailbox(self._barrier, self, self._calls.kept, loads)
 
     @staticmethod
@@ -141,9 +146,9 @@ class StatelessProcessGroup(Leaving, Realigning, TensorMethods):
         known, secret = secret_from(secret, wire), None  # no traceback shows it
         protocol = wire_of(wire)
         joined = form(host, port, rank, world_size, seconds, listen_socket, known, protocol)
-        group = StatelessProcessGroup(
-            joined.barrier.rank, joined.barrier.world_size, joined.client.store, joined.listener,
-            data_expiration_seconds, messages=messages, joined=joined,
+        group: StatelessProcessGroup = made(
+            StatelessProcessGroup, joined, joined.connection.listener, data_expiration_seconds,
+            messages,
         )  # fmt: skip
         joined.hand_over(group, host, warn=known is None)
         return group
@@ -235,8 +240,8 @@ class StatelessProcessGroup(Leaving, Realigning, TensorMethods):
             ValueError: ``src`` is outside the group, or this rank.
             MessageTimeoutError: not all of it came; the next call waits for the same message.
             MessageExpiredError: the message expired before it was read; the next call goes on.
-            MessageError: what came is no object; the next call goes on.
-            BaseException: of unpickling, if no Exception; the next call tries it again, once.
+            MessageError: what came is no object, or has a wrong tag; the next call goes on.
+            BaseException: unpickling raised what is no Exception; the next call tries it once more.
             MemoryError: there is no room for a large object; the next call tries it again.
         """
         return self._receive(src, timeout, None)

@@ -54,6 +54,11 @@ def has_store_barrier(store: Store) -> bool:
     return isinstance(store, TCPStore) and store_features()[STORE_BARRIER]
 
 
+def lists_keys() -> bool:
+    """Whether a store can say what it holds: on 2.11 to 2.15, not on 2.6."""
+    return hasattr(Store, "list_keys")
+
+
 def tcp_store_of(store: Store) -> TCPStore:
     """The TCPStore below any number of prefixes.
 

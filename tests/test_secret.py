@@ -579,7 +579,7 @@ def test_values_of_an_earlier_group():
 @pytest.mark.parametrize("own_signature", [True, False])
 def test_an_earlier_creation(own_signature):
     def meet(store, rank):
-        return join(StoreClient(store), rank, 2, Deadline(10), "there", SECRET.encode())
+        return join(StoreClient(store), rank, 2, Deadline(10), "there", SECRET.encode())[0]
 
     first = HashStore()
     its = PlainKeys.of(0)
@@ -591,7 +591,7 @@ def test_an_earlier_creation(own_signature):
 
     barriers = run_threads(lambda rank: meet(Watched(first, keep), rank), 2)
     old = barriers[0].seals
-    size = ENTRY.size + 32 + TAG_BYTES
+    size = ENTRY.size + 32 + len("null") + TAG_BYTES
     roll = first.get(its.roll)
     entries = [roll[i * size : (i + 1) * size] for i in (0, 1)]
     by_rank = {ENTRY.unpack_from(some)[2]: some for some in entries}

@@ -172,12 +172,17 @@ SIGNATURES = [
         StatelessProcessGroup.close: only refdist
         StatelessProcessGroup.end: only refdist
         StatelessProcessGroup.from_env: only refdist
+        StatelessProcessGroup.admit: only refdist
         StatelessProcessGroup.generation: only refdist
         StatelessProcessGroup.host: only refdist
         StatelessProcessGroup.joined: only refdist
         StatelessProcessGroup.messages: only refdist
         StatelessProcessGroup.port: only refdist
         StatelessProcessGroup.realign: only refdist
+        StatelessProcessGroup.successor: only refdist
+        StatelessProcessGroup.split: only refdist
+        StatelessProcessGroup.shrink: only refdist
+        StatelessProcessGroup.join: only refdist
         StatelessProcessGroup.socket: only refdist
         """,
     ),

@@ -77,21 +77,29 @@ def _add_control(names: Any) -> None:
     examples = ["--world-sizes 2 --many-ranks 32 64 --repeats 1", "--many-ranks --json"]
     parser = _add(names, "control", subject, _control, examples, repeats=5)
     parser.add_argument(
-        "--world-sizes", type=at_least(2), nargs="*", default=WORLD_SIZES,
-        help="numbers of ranks, each a process",
+        "--world-sizes", type=at_least(2), nargs="*",
+        help=f"numbers of ranks, each a process; {_listed(WORLD_SIZES)} if no ranks are named",
     )  # fmt: skip
     parser.add_argument(
-        "--many-ranks", type=at_least(4), nargs="*", default=MANY_RANKS,
-        help="numbers of ranks, each a thread, for one barrier",
+        "--many-ranks", type=at_least(4), nargs="*",
+        help="numbers of ranks, each a thread, for one barrier; "
+        f"{_listed(MANY_RANKS)} if no ranks are named",
     )  # fmt: skip
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _control(options: Namespace) -> Iterator[Batch]:
     machine = describe_machine()
-    for world_size in options.world_sizes:
+    none_named = options.world_sizes is None and options.many_ranks is None
+    world_sizes = WORLD_SIZES if none_named else options.world_sizes or ()
+    many_ranks = MANY_RANKS if none_named else options.many_ranks or ()
+    for world_size in world_sizes:
         yield time_control([world_size], options.repeats), machine
     ours = []
-    for ranks in options.many_ranks:
+    for ranks in many_ranks:
         timings = time_many_ranks([ranks], options.repeats)
         ours += [timing for timing in timings if timing.implementation == "refdist"]
         yield timings, machine

@@ -154,6 +154,7 @@ def _groups(
     if vllm is not None:
         groups["vLLM"] = connect("vllm", vllm)
         operations["barrier", "vLLM"] = groups["vLLM"].barrier
+    operations["split and close", "refdist"] = partial(_split_and_close, group)
     obj = {"rank": rank, "address": "10.0.0.1:29500"}
     large = torch.rand(LARGE_BYTES // 4) if rank == 0 else None
     for name, some in groups.items():
@@ -173,6 +174,13 @@ def _broadcast_from_each(group: Any, obj: Any) -> None:
     """Broadcast from each rank in turn, so that no rank runs ahead; timed as one operation."""
     for source in range(group.world_size):
         group.broadcast_obj(obj, source)
+
+
+def _split_and_close(group: StatelessProcessGroup) -> None:
+    """Make a part of all ranks. The last of them to close it deletes its keys."""
+    part = group.split(0)
+    assert part is not None
+    part.close()
 
 
 def ping_pong(group: Any, obj: Any) -> None:

@@ -79,6 +79,7 @@ def run_ranks(
     """
     board = create_tcp_store(LOCAL, 0, is_master=True, timeout=_DEADLINE)
     # a fork of a process that has imported torch takes tens of milliseconds, not seconds
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each wait that ends
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     processes, pipes = [], []

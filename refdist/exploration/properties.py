@@ -1,12 +1,19 @@
-"""The properties that should hold in every state of a barrier, each in one sentence.
+"""The properties that should hold in every state of a protocol, each in one sentence.
 
-A call is *collective* if every rank makes a call of its name. A rank *completes* a call when it
-returns, and also when rank 0 raises only because another rank did not leave in time.
+Of barriers: a call is *collective* if every rank makes a call of its name. A rank *completes* a
+call when it returns, and also when rank 0 raises only because another rank did not leave in time.
+
+Of groups that follow one another: a call *regroups* if it returns the ranks that go on, as they are
+numbered in the exploration, or None if the group stays as it is. A rank without which others go on
+is *told* so by a GroupCreationError. These properties are made for the names of such calls.
 """
 
 import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from refdist.barrier.quick import SLOTS
+from refdist.errors import GroupCreationError
 from refdist.exploration.rank import Call
 from refdist.exploration.search import Property, Snapshot
 from refdist.store import keys
@@ -120,6 +127,115 @@ BARRIER: tuple[Property, ...] = (
 
 REFDIST_BARRIER: tuple[Property, ...] = (*BARRIER, one_reason, no_key_stays)
 """The properties of ``refdist.barrier``. They use its errors and keys."""
+
+
+def one_group_follows(*names: str) -> Property:
+    """The property that no two groups follow one."""
+
+    def no_other_group(snapshot: Snapshot) -> bool:
+        lists = {repr(ranks) for _, ranks in _lists(snapshot, names)}
+        return len(lists) <= 1
+
+    return _in_words(no_other_group, "All ranks that return from {} go on with the same.", names)
+
+
+def each_is_in_its_group(*names: str) -> Property:
+    """The property that a list holds the rank that gets it, and keeps the order of the ranks."""
+
+    def in_order(snapshot: Snapshot) -> bool:
+        return all(
+            rank in ranks and list(ranks) == sorted(set(ranks))
+            for rank, ranks in _lists(snapshot, names)
+        )
+
+    text = "A rank that returns from {} is one of those that go on, which are in the old order."
+    return _in_words(in_order, text, names)
+
+
+def who_is_left_out_is_told(*names: str) -> Property:
+    """The property that no rank ends its call without knowing that others go on without it."""
+
+    def told(snapshot: Snapshot) -> bool:
+        last = [[call for name, call in calls.items() if name in names] for calls in snapshot.calls]
+        return all(
+            rank in ranks or not calls or not calls[-1].over or _told(calls[-1])
+            for _, ranks in _lists(snapshot, names)
+            for rank, calls in enumerate(last)
+        )
+
+    return _in_words(told, "A rank without which others return from {} is told so there.", names)
+
+
+def nobody_else_is_told(*names: str) -> Property:
+    """The property that no rank is told that it was left out while others count on it."""
+
+    def not_told(snapshot: Snapshot) -> bool:
+        return not any(
+            _told(call)
+            for _, ranks in _lists(snapshot, names)
+            for name in names
+            for rank, call in snapshot.named(name).items()
+            if rank in ranks
+        )
+
+    return _in_words(not_told, "No rank is told to be left out with which others go on.", names)
+
+
+def new_group_works(*names: str, then: str) -> Property:
+    """The property that a new group can be used; its ranks make the call ``then`` next."""
+
+    def works(snapshot: Snapshot) -> bool:
+        for _, ranks in _lists(snapshot, names):
+            calls = [call for rank, call in snapshot.named(then).items() if rank in ranks]
+            early = any(call.early for call in calls)
+            if not early and snapshot.dead.isdisjoint(ranks) and any(map(gave_up, calls)):
+                return False
+        return True
+
+    text = (
+        f"The ranks that return from {{}} complete {then}, if none of them dies and no wait in it "
+        f"ends too early."
+    )
+    return _in_words(works, text, names)
+
+
+def nothing_old_is_received(*names: str, receiving: str) -> Property:
+    """The property that messages stay in their group. Each is the list of the ranks of its group.
+
+    Args:
+        names: of the calls that regroup.
+        receiving: the name of the call that returns a message.
+    """
+
+    def only_new(snapshot: Snapshot) -> bool:
+        received = snapshot.named(receiving)
+        return all(
+            received[rank].value == ranks
+            for rank, ranks in _lists(snapshot, names)
+            if rank in received and received[rank].returned
+        )
+
+    text = f"After {{}}, {receiving} returns nothing that was sent in the old group."
+    return _in_words(only_new, text, names)
+
+
+def _lists(snapshot: Snapshot, names: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """The ranks that have returned from these calls, and the list that each has got."""
+    for name in names:
+        for rank, call in snapshot.named(name).items():
+            if call.returned and call.value is not None:
+                yield rank, call.value
+
+
+def _told(call: Call) -> bool:
+    return isinstance(call.error, GroupCreationError)
+
+
+def _in_words(holds: Property, text: str, names: Sequence[str]) -> Property:
+    """A property with its sentence."""
+    *others, last = names
+    holds.__doc__ = text.format(f"{', '.join(others)} or {last}" if others else last)
+    return holds
 
 
 def _undisturbed(snapshot: Snapshot) -> list[dict[int, Call]]:

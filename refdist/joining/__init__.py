@@ -1,1 +1,1 @@
-"""How the ranks of a group find each other, come together again, and leave."""
+"""How the ranks of a group find each other, come together again, split, shrink, grow, and leave."""

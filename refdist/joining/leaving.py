@@ -1,8 +1,6 @@
 """How a rank leaves a group: rank 0, whose store the others use, waits until they have left."""
 
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +10,7 @@ from refdist.barrier.plain import Barrier
 from refdist.calls import Calls
 from refdist.deadline import Deadline
 from refdist.errors import BarrierError, ConcurrentCallError, StoreConnectionError, name_ranks
+from refdist.joining.connection import Connection
 from refdist.joining.membership import GONE
 from refdist.joining.realigning import break_off
 from refdist.store import keys
@@ -26,14 +25,15 @@ class Leaving:
     _barrier: Any
     _wire: Any
     _calls: Calls
-    # a socket that was passed in stays its owner's
-    _release_socket: Callable[[], object] | None = None
+    _connection: Connection
+    _joined: Any
 
     def close(self, timeout: float = 30.0) -> None:
         """Leave the group. Rank 0, whose store the others use, waits until they have left.
 
-        A group that is not closed ends with its process, or when nothing refers to it. Closing
-        again does nothing.
+        A group that was split off another may be closed before or after it, and waits for nobody:
+        the last of all groups on the store is the one that leaves. A group that is not closed ends
+        with its process, or when nothing refers to it. Closing again does nothing.
 
         Args:
             timeout: seconds that rank 0 waits; 0 to leave at once.
@@ -46,20 +46,34 @@ class Leaving:
 
     def _close(self, timeout: float, reason: str | None) -> None:
         """Leave. With a reason, the others learn it if they wait in a barrier."""
+
+        def leave(deadline: Deadline) -> None:
+            barrier, connection = self._barrier, self._connection
+            connection.open.discard(self)
+            if barrier is not connection.root:
+                leave_part(barrier, self._joined.place, reason)
+            if not connection.open:
+                own = reason if barrier is connection.root else None
+                self._wire.leave(connection.root, own, deadline)
+            elif reason is not None and barrier is connection.root:
+                break_off(barrier, reason)
+
         try:
-            self._calls.close("close", timeout, partial(self._wire.leave, self._barrier, reason))
+            self._calls.close("close", timeout, leave)
         finally:
             if self._calls.closed:
                 self.end()
 
     def end(self) -> None:
-        """End the group on this rank at once. On rank 0, its store ends, also for the others."""
+        """End the group on this rank at once.
+
+        With the last group on a store, the store ends; on rank 0, also for the others.
+        """
         # an error that is kept, as a notebook does, keeps the group, but the store must end
-        self._calls.end()
+        self._calls.closed = True
         if hasattr(self, "store"):
             del self.store
-        if self._release_socket is not None:
-            self._release_socket()
+        self._connection.drop(self, self._barrier.store)
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +90,18 @@ class Leaving:
         # the others may have to read why; but they may be dead, and the store lost
         with suppress(BarrierError, ConcurrentCallError, StoreConnectionError):
             self._close(_GRACE_SECONDS, f"it left the group because of {kind.__name__}")
+
+
+def leave_part(barrier: Barrier, place: str, reason: str | None) -> None:
+    """Leave a group that was split off another. The last rank deletes what it has in the store.
+
+    ``place`` is where its keys were before it shrank, and below which they still are.
+    """
+    if reason is not None:
+        break_off(barrier, reason)
+    with suppress(DistError):
+        if barrier.store.add(keys.gone(), 1) == barrier.world_size:
+            barrier.store.at(place).delete_all()
 
 
 def leave(barrier: Barrier, reason: str | None, deadline: Deadline) -> None:

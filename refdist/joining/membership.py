@@ -159,6 +159,12 @@ class Membership:
             ) from error
 
 
+def introduce(store: StoreClient, world_size: int, secret: bytes | None) -> None:
+    """Write, for those that come later, that the store is that of a group with this secret."""
+    key, about_me = keys.member(0), json.dumps({"world_size": world_size}).encode()
+    store.set(key, about_me if secret is None else Seals(secret, "member").seal(key, about_me))
+
+
 def refused(store: StoreClient, missing: Sequence[int]) -> str:
     """Which missing ranks had come with another secret, as far as anyone can know."""
     ranks: list[int] = []

@@ -2,11 +2,15 @@
 
 ``form`` is the whole way, and the functions below it are its steps, in order.
 
-With a secret, that barrier is a gather. Each rank brings a token, which is random, under seals that
+That barrier is a gather, to which each rank but 0 brings the address of a socket that it has
+reserved. If rank 0 dies, the others meet there: see ``shrinking``.
+
+With a secret, each rank also brings a token, which is random, under seals that
 only this creation has; and the seals of the group come from the secret and all tokens. So what an
 earlier group of the same ranks wrote is refused, even if secret, port and keys were the same.
 """
 
+import json
 import os
 import socket
 import time
@@ -32,6 +36,7 @@ from refdist.errors import (
     StoreConnectionError,
     name_ranks,
 )
+from refdist.joining.connection import Address, Connection
 from refdist.joining.membership import LeftoverStoreError, Membership, refused
 from refdist.joining.realigning import break_off
 from refdist.joining.wires import OWN, VLLM, Wire
@@ -53,45 +58,50 @@ class Joined(NamedTuple):
 
     Attributes:
         wire: its protocol.
-        client: of its store.
         barrier: its barriers; in refdist's own protocol, the first of them passed.
         calls: its calls.
-        listener: on rank 0, the socket that its store listens on.
-        own_listener: whether ``listener`` was opened here.
+        connection: to its store.
+        secret: of the group.
+        addresses: of the sockets that the ranks have reserved; None for that which has the store.
+        place: the prefix of its keys, before it shrank or grew.
+        era: how often it has shrunk or grown.
     """
 
     wire: Wire
-    client: StoreClient
     barrier: Any
     calls: Calls
-    listener: socket.socket | None
-    own_listener: bool
+    connection: Connection
+    secret: bytes | None = None
+    addresses: tuple[Address | None, ...] = ()
+    place: str = ""
+    era: int = 0
 
     @classmethod
     def over(cls, store: Store, rank: int, world_size: int) -> Self:
         """The parts of a group whose ranks have a store already."""
         client = StoreClient(store)
         barrier = barrier_of(client, rank, world_size)
-        return cls(OWN, client, barrier, Calls(rank, client), None, False)
+        connection = Connection(client)
+        connection.root = barrier
+        return cls(OWN, barrier, Calls(rank, client), connection, place=client.prefix)
 
-    def remember(self, group: Any, host: str) -> None:
-        """Remember the group by host, as the user gave it, port and rank.
+    def remember(self, host: str, group: Any = None) -> None:
+        """Remember a group by host, as the user gave it, port and rank.
 
-        The next one there ends it: with its method ``end``, if it has one.
+        The next one there ends it, and all others on its store. Those of torch have no ``end``.
         """
-        place = host, tcp_store_of(self.client.store).port, self.barrier.rank
-        _formed[place] = group
-        if hasattr(group, "end"):
-            _stores[place] = self.client.store
+        store = self.barrier.store.store
+        place = host, tcp_store_of(store).port, self.barrier.rank
+        _formed[place] = group or self.connection
+        if group is None:
+            _stores[place] = store
 
     def hand_over(self, group: Any, host: str, warn: bool) -> None:
-        """Let a group that consists of these parts own them, and warn if it has no secret."""
-        self.remember(group, host)
-        if self.listener is not None and self.own_listener:
-            group._release_socket = weakref.finalize(group, self.listener.close)
+        """Remember a group that consists of these parts, and warn if it has no secret."""
+        self.remember(host)
         try:
-            if self.listener is not None and warn:
-                warn_without_secret(self.listener, group.messages, self.wire.name)
+            if group.socket is not None and warn:
+                warn_without_secret(group.socket, group.messages, self.wire.name)
         except Warning:
             group.end()
             raise
@@ -133,15 +143,22 @@ def form(
     deadline = Deadline(timeout, whole=True)
     calls = Calls(rank)
 
-    def attempts() -> Any:
+    def attempts() -> Joined:
         while True:
             calls.client = None
             try:
                 if wire is VLLM:
                     calls.client = open_store(host, port, rank, world_size, deadline, listener)
-                    return VllmBarrier(calls.client, rank, world_size)
+                    connection = Connection(calls.client)
+                    connection.root = VllmBarrier(calls.client, rank, world_size)
+                    return Joined(wire, connection.root, calls, connection)
                 calls.client = _open(host, port, rank, deadline, listener)
-                return join(calls.client, rank, world_size, deadline, where, secret)
+                connection = Connection(calls.client)
+                address = connection.reserve() if rank != 0 else None
+                connection.root, addresses = join(
+                    calls.client, rank, world_size, deadline, where, secret, address
+                )
+                return Joined(wire, connection.root, calls, connection, secret, addresses)
             except (StoreConnectionError, LeftoverStoreError) as error:
                 if rank == 0 or deadline.remaining() == 0:
                     if calls.client is None or calls.client.timed_out:
@@ -153,14 +170,14 @@ def form(
             time.sleep(_RETRY_SECONDS)
 
     try:
-        barrier = calls.run("create", deadline, attempts)
+        joined = calls.run("create", deadline, attempts)
     except BaseException:
         if calls.client is not None:
             calls.client.close()
         close_quietly(own)  # the port is free again
         raise
-    assert calls.client is not None
-    return Joined(wire, calls.client, barrier, calls, listener, own is not None)
+    joined.connection.serves(listener, own is not None)
+    return joined
 
 
 def _end_the_one_before(host: str, port: int, rank: int) -> None:
@@ -205,17 +222,23 @@ def join(
     deadline: Deadline,
     where: str,
     secret: bytes | None = None,
-) -> Barrier:
-    """Take a rank on an open store, and meet the other ranks in the first barrier. See ``form``."""
+    address: Address | None = None,
+) -> tuple[Barrier, tuple[Address | None, ...]]:
+    """Take a rank on an open store, and meet the other ranks in the first barrier. See ``form``.
+
+    Returns:
+        The barrier, and the addresses that the ranks have brought.
+    """
     deadline.after_slice = partial(_check_keys, store, rank, world_size, where)
     try:
         rank_0 = Membership(store, rank, world_size, where, secret).register(deadline)
         barrier = barrier_of(store, rank, world_size)
         try:
+            value = json.dumps(address).encode()
             if secret is None:
-                barrier.wait(deadline)
+                values = barrier.gather(value, deadline)
             else:
-                _meet_in_secret(barrier, deadline, secret, rank_0)
+                values = _meet_in_secret(barrier, deadline, secret, rank_0, value)
         except (CancelledWaitError, GroupCreationError) as error:
             other_wire = isinstance(error, GroupCreationError)
             break_off(barrier, str(error) if other_wire else f"of {error}")
@@ -223,7 +246,7 @@ def join(
                 there = [r for r in range(world_size) if store.check([keys.member(r)])]
                 _let_others_read(store, rank, there)
             raise
-        return barrier
+        return barrier, addresses_of(values)
     except BarrierError as error:
         # asked before rank 0, which waits for the others to read, ends the store
         other_secret = refused(store, error.missing)
@@ -263,21 +286,43 @@ def _check_keys(store: StoreClient, rank: int, world_size: int, where: str) -> N
         )
 
 
-def _meet_in_secret(barrier: Barrier, deadline: Deadline, secret: bytes, rank_0: bytes) -> None:
-    """Pass the first barrier, and agree on the seals of the group.
+def _meet_in_secret(
+    barrier: Barrier, deadline: Deadline, secret: bytes, rank_0: bytes, value: bytes
+) -> list[bytes]:
+    """Pass the first barrier, and agree on the seals of the group. Returns the ranks' values.
 
     Raises:
         MessageError: someone without the secret interferes.
     """
     token = os.urandom(_TOKEN_BYTES)
     barrier.seals = Seals(secret, "creation", rank_0)
-    tokens = barrier.gather(token, deadline)
+    values = barrier.gather(token + value, deadline)
+    tokens = [value[:_TOKEN_BYTES] for value in values]
     # the roll of an earlier group holds right tags, if someone plays all of it again
     if tokens[barrier.rank] != token:
         raise AuthenticationError(
             f"rank {barrier.rank} is on the roll with what it wrote for another group"
         )
     barrier.seals = Seals(secret, "group", *tokens)
+    return [value[_TOKEN_BYTES:] for value in values]
+
+
+def addresses_of(values: Iterable[bytes]) -> tuple[Address | None, ...]:
+    """The addresses that ranks have brought, in rank order.
+
+    Raises:
+        MessageError: one is no address.
+    """
+    found: list[Address | None] = []
+    for rank, value in enumerate(values):
+        try:
+            address = json.loads(value)
+            found.append(None if address is None else (str(address[0]), int(address[1])))
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise MessageError(
+                f"rank {rank} brought {value[:40]!r} in place of an address"
+            ) from error
+    return tuple(found)
 
 
 def _let_others_read(store: StoreClient, rank: int, came: Iterable[int]) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from refdist.deadline import Deadline
-from refdist.store.sockets import connection_of, limit_of, limit_socket
-from refdist.torch_versions import ERROR, WARNING, has_store_barrier, log_level
+from refdist.store.sockets import connection_of, limit_of, limit_socket, numeric
+from refdist.torch_versions import ERROR, WARNING, has_store_barrier, lists_keys, log_level
 
 ANSWER_SECONDS = 1.0
 """How long a store may take to answer after a deadline, before its host counts as stopped."""
@@ -31,19 +31,32 @@ class StoreClient:
     A store that is no TCPStore has none, and no limit. Every request raises DistNetworkError when
     the store is lost or was let go.
 
+    Args:
+        store: any store of torch.
+        prefix: goes before each key. A PrefixStore does the same, but is no TCPStore, so it has no
+            ``Store.barrier`` in one request.
+        of: another client of the store, which has the connection.
+
     Attributes:
+        prefix: goes before each key.
         lost: why the store cannot be asked any more; empty as long as it can.
         timed_out: whether that is because it did not answer.
         shared: the limit of its socket, which other clients may have too.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, prefix: str = "", of: "StoreClient | None" = None) -> None:
+        self.prefix = prefix
         self.lost = ""
         self.timed_out = False
         self._store: Any = store
-        self._connection = connection_of(store)
-        self.shared = limit_of(self._connection)
-        self.limit(0.0)
+        self._is_own = of is None
+        if of is None:
+            self._connection = connection_of(store)
+            self.shared = limit_of(self._connection)
+            self.limit(0.0)
+        else:
+            self._connection, self.shared = of._connection, of.shared
+        self.shared.clients.add(self)
 
     @property
     def store(self) -> Store:
@@ -54,6 +67,22 @@ class StoreClient:
         return store
 
     @property
+    def local_host(self) -> str | None:
+        """The numeric address of this end of the connection, as far as torch tells it."""
+        if self._connection is None:
+            return None
+        host = numeric(self._connection.getsockname())
+        return host.removeprefix("::ffff:")  # of an IPv4 address, as torch writes it
+
+    def at(self, prefix: str) -> "StoreClient":
+        """A client of the same store and connection, with another prefix."""
+        return StoreClient(self.store, prefix, self)
+
+    def below(self, name: str) -> "StoreClient":
+        """A client for the keys of this one that begin with a name and a slash."""
+        return self.at(f"{self.prefix}{name}/")
+
+    @property
     def has_barrier(self) -> bool:
         """Whether the store has ``Store.barrier``: ``torch_versions.has_store_barrier``."""
         return has_store_barrier(self._store)
@@ -62,7 +91,7 @@ class StoreClient:
         """Let the store go. If it is served here, it ends, unless something else refers to it."""
         self.lost = self.lost or "this rank has closed its group"
         self._store = _Lost(self.lost)
-        if self._connection is not None:
+        if self._connection is not None and self._is_own:
             self._connection.close()
         self._connection = None
 
@@ -78,7 +107,7 @@ class StoreClient:
     def append(self, key: str, value: bytes) -> None:
         """Append to the value of a key."""
         try:
-            self._store.append(key, value)
+            self._store.append(self.prefix + key, value)
         except DistNetworkError as error:
             self._lose(error)
             raise
@@ -86,7 +115,7 @@ class StoreClient:
     def set(self, key: str, value: bytes | str) -> None:
         """Write a value."""
         try:
-            self._store.set(key, value)
+            self._store.set(self.prefix + key, value)
         except DistNetworkError as error:
             self._lose(error)
             raise
@@ -94,7 +123,7 @@ class StoreClient:
     def multi_set(self, keys: list[str], values: list[str]) -> None:
         """Write several values."""
         try:
-            self._store.multi_set(keys, values)
+            self._store.multi_set([self.prefix + key for key in keys], values)
         except DistNetworkError as error:
             self._lose(error)
             raise
@@ -102,7 +131,7 @@ class StoreClient:
     def add(self, key: str, amount: int) -> int:
         """Add to the number under a key, and return the sum."""
         try:
-            return int(self._store.add(key, amount))
+            return int(self._store.add(self.prefix + key, amount))
         except DistNetworkError as error:
             self._lose(error)
             raise
@@ -110,7 +139,7 @@ class StoreClient:
     def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
         """Write a value if the present one is as expected. Returns the value that is there then."""
         try:
-            value: bytes = self._store.compare_set(key, expected, desired)
+            value: bytes = self._store.compare_set(self.prefix + key, expected, desired)
             return value
         except DistNetworkError as error:
             self._lose(error)
@@ -119,7 +148,7 @@ class StoreClient:
     def delete_key(self, key: str) -> bool:
         """Delete a key. Whether it was there."""
         try:
-            return bool(self._store.delete_key(key))
+            return bool(self._store.delete_key(self.prefix + key))
         except DistNetworkError as error:
             self._lose(error)
             raise
@@ -127,7 +156,7 @@ class StoreClient:
     def check(self, keys: Sequence[str]) -> bool:
         """Whether every key is there."""
         try:
-            return bool(self._store.check(list(keys)))
+            return bool(self._store.check([self.prefix + key for key in keys]))
         except DistNetworkError as error:
             self._lose(error)
             raise
@@ -136,6 +165,18 @@ class StoreClient:
         """How many keys there are, also those that torch hides."""
         try:
             return int(self._store.num_keys())
+        except DistNetworkError as error:
+            self._lose(error)
+            raise
+
+    def delete_all(self) -> None:
+        """Delete every key with this client's prefix, where torch can list them."""
+        if not lists_keys():
+            return
+        try:
+            for key in self._store.list_keys():
+                if key.startswith(self.prefix):
+                    self._store.delete_key(key)
         except DistNetworkError as error:
             self._lose(error)
             raise
@@ -198,7 +239,7 @@ class StoreClient:
         count they gave; ``set`` does the same.
         """
         try:
-            self._store.barrier(key, count, deadline.slice())
+            self._store.barrier(self.prefix + key, count, deadline.slice())
             return True
         except DistStoreError:
             return False
@@ -207,12 +248,19 @@ class StoreClient:
             raise
 
     def in_slices(
-        self, deadline: Deadline, request: str, *arguments: Any, once: bool = False
+        self,
+        deadline: Deadline,
+        request: str,
+        key: str | list[str],
+        *arguments: Any,
+        once: bool = False,
     ) -> bool:
         """Repeat ``wait`` or ``barrier`` until it succeeds. False when the deadline came first."""
+        prefix = self.prefix
+        named = prefix + key if isinstance(key, str) else [prefix + each for each in key]
         while True:
             try:
-                getattr(self._store, request)(*arguments, deadline.slice())
+                getattr(self._store, request)(named, *arguments, deadline.slice())
                 return True
             except DistStoreError:
                 if deadline.after_slice is not None:
@@ -226,11 +274,15 @@ class StoreClient:
                 raise
 
     def _lose(self, error: DistNetworkError) -> None:
-        """No request is made from now on."""
-        if not self.lost:
-            self.timed_out = "Timeout" in str(error)
-            self.lost = str(error).splitlines()[0]
-        self._store = _Lost(self.lost)
+        """No client of this connection makes a request from now on.
+
+        An answer that comes late would be taken for that of the next request, whoever makes it.
+        """
+        for client in list(self.shared.clients):
+            if not client.lost:
+                client.timed_out = "Timeout" in str(error)
+                client.lost = str(error).splitlines()[0]
+            client._store = _Lost(client.lost)
 
 
 class _Lost:

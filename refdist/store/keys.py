@@ -27,6 +27,54 @@ def told(rank: int) -> str:
     return f"told/{rank}"
 
 
+def part(place: str, generation: int, first: int) -> str:
+    """What the keys of a group that was split off begin with. They go when all have closed it.
+
+    Args:
+        place: what those of the whole group begin with.
+        generation: of the gather in which it was split.
+        first: rank of its first member in the whole group.
+    """
+    return f"{place}part/{generation}/{first}/"
+
+
+def meeting(place: str, era: int, number: int) -> str:
+    """What the keys begin with of the meeting in which a group shrinks. They stay.
+
+    Args:
+        place: what the keys of the first era begin with.
+        era: how often the group has shrunk or grown before.
+        number: of the meeting in this era.
+    """
+    return f"{place}meeting/{era}/{number}/"
+
+
+def era(place: str, number: int, attempt: str) -> str:
+    """What the keys of a group begin with that has shrunk or grown ``number`` times. They stay.
+
+    Args:
+        place: what those of the first era begin with.
+        number: of the era.
+        attempt: tells the attempts to begin it apart.
+    """
+    return f"{place}era/{number}/{attempt}/"
+
+
+def asked() -> str:
+    """How many processes have asked to be let in. Added to by each; goes with the store."""
+    return "asked"
+
+
+def ask(number: int) -> str:
+    """A process asks to be let in. Written by it; goes with the store."""
+    return f"ask/{number}"
+
+
+def answer(number: int) -> str:
+    """The answer. Written once, by rank 0, or by the process when it gives up; as ``ask``."""
+    return f"answer/{number}"
+
+
 def refused(rank: int) -> str:
     """A process with another secret than rank 0 came as this rank. Written by it; stays."""
     return f"refused/{rank}"

@@ -17,7 +17,7 @@ from refdist.checks import check_integer
 from refdist.deadline import Deadline
 from refdist.errors import StoreConnectionError
 from refdist.store.client import ANSWER_SECONDS, quiet
-from refdist.store.sockets import limit_socket
+from refdist.store.sockets import limit_socket, numeric
 
 DEFAULT_TIMEOUT = timedelta(seconds=300)
 _RETRY_SECONDS = 0.05
@@ -85,6 +85,17 @@ def listen(host: str, port: int) -> socket.socket:
     raise AssertionError("a host that resolves has an address")
 
 
+def reserve(host: str) -> socket.socket:
+    """A TCP socket on a free port of a numeric address, which does not listen yet.
+
+    Until it does, every connection is refused.
+    """
+    family, address = _resolve(host, 0)[0]
+    reserved = socket.socket(family, socket.SOCK_STREAM)
+    reserved.bind(address)
+    return reserved
+
+
 def _listen(family: socket.AddressFamily, address: Any) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -111,7 +122,7 @@ def serve(
     ``deadline``, of ``timeout`` if it is given, may be cancelled; raises CancelledWaitError then.
     With ``wait_for_workers``, torch waits on; each call of ``unblock`` is to be one worker for it.
     """
-    address, port = _numeric(listener.getsockname()), listener.getsockname()[1]
+    address, port = numeric(listener.getsockname()), listener.getsockname()[1]
     if port == 0:
         raise ValueError("listen_socket: is not bound to a port")
     listener.listen(1024)
@@ -169,13 +180,13 @@ def _reach(host: str, port: int, deadline: Deadline) -> str:
                     probe.connect(address)
                     # a port that nobody listens on can, by chance, be connected to itself
                     if probe.getsockname() != probe.getpeername():
-                        return _numeric(address)
+                        return numeric(address)
                 except TimeoutError:
                     reason = "nothing came back, as from a firewall or a dead link"
                 except OSError as error:
                     reason = error
         if deadline.remaining() == 0:
-            tried = ", ".join(_numeric(address) for _, address in candidates)
+            tried = ", ".join(numeric(address) for _, address in candidates)
             raise StoreConnectionError(
                 f"no store answered on {host}:{port} within {round(deadline.allowed, 2):g} s "
                 f"(tried {tried}, {rounds} times; last: {reason}); is rank 0 running?"
@@ -247,12 +258,6 @@ def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
         raise socket.gaierror(code, f"host={host!r} does not resolve: {error}") from error
     addresses = [(family, address) for family, _, _, _, address in found]
     return sorted(addresses, key=lambda found: ipaddress.ip_address(found[1][0]).is_loopback)
-
-
-def _numeric(address: Any) -> str:
-    """The host of a socket address; of a local one of a link, with the link."""
-    host, scope = str(address[0]), address[3] if len(address) == 4 else 0
-    return f"{host}%{scope}" if scope and "%" not in host else host
 
 
 def close_quietly(listener: socket.socket | None) -> None:

@@ -41,6 +41,10 @@ class NoSeals:
 
     tag_bytes = 0
 
+    def below(self, name: str) -> "NoSeals":
+        """The seals of a part of the group."""
+        return self
+
     def tag(self, key: str, payload: bytes) -> bytes:
         """No tag."""
         return b""
@@ -84,8 +88,14 @@ class Seals(NoSeals):
         # an HMAC is a hash of a hash (RFC 2104), and both begin with the key: a block that is
         # hashed once here, and not for each tag. The hmac module takes twice as long for a tag.
         block = own_key.ljust(_BLOCK_BYTES, b"\0")
+        self._own_key = Secret(own_key)
         self._inner = hashlib.sha256(block.translate(_INNER_PAD))
         self._outer = hashlib.sha256(block.translate(_OUTER_PAD))
+
+    def below(self, name: str) -> "Seals":
+        """Seals that are unlike those of this group, and of other parts of it."""
+        # no value is under the key "part", so no tag in the store is the key of a part
+        return Seals(self._own_key, "part", name.encode())
 
     def tag(self, key: str, payload: bytes) -> bytes:
         """The tag of a payload under a key of the store."""

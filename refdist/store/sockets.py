@@ -14,7 +14,8 @@ import socket
 import struct
 import warnings
 from contextlib import suppress
-from weakref import WeakValueDictionary
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 from torch.distributed import Store, TCPStore
 
@@ -22,9 +23,16 @@ from refdist.torch_versions import tcp_store_of
 
 
 class Limit:
-    """The limit of one socket, which all clients of groups on prefixes of one store share."""
+    """The limit of one socket, which all clients of groups on prefixes of one store share.
 
-    seconds = -1.0  # besides the time for an answer
+    Attributes:
+        seconds: besides the time for an answer.
+        clients: that share it, and lose their store together.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = -1.0
+        self.clients = WeakSet[Any]()
 
 
 _limits: WeakValueDictionary[int, Limit] = WeakValueDictionary()  # by inode
@@ -69,3 +77,9 @@ def connection_of(store: Store) -> socket.socket | None:
             stacklevel=4,
         )
     return None
+
+
+def numeric(address: Any) -> str:
+    """The host of a socket address; of a local one of a link, with the link."""
+    host, scope = str(address[0]), address[3] if len(address) == 4 else 0
+    return f"{host}%{scope}" if scope and "%" not in host else host

@@ -11,7 +11,6 @@ from refdist import torch_versions
 from refdist.checks import check_rank, check_timeout, wait_of
 from refdist.joining.rendezvous import form
 from refdist.joining.wires import wire_of
-from refdist.store.listening import close_quietly
 from refdist.torch_groups.backends import (
     address_towards,
     check_backend,
@@ -132,8 +131,8 @@ def stateless_init_torch_distributed_process_group(
     """Form a torch group with the other processes that call this with the same host and port.
 
     It replaces ``torch.distributed.init_process_group``, which forms one permanent group in a
-    process. Processes 1 to 8 can form one group, and processes 9 and 10 another, even if both are
-    among 1 to 8. The call blocks until all ranks have come.
+    process. Processes 1 to 8 can form one group, and two of them another one at the same time. The
+    call blocks until all ranks have come.
 
     Functions that need no global rank work on the group, such as
     ``torch.distributed.all_reduce(tensor, group=group)``. Functions that take a rank
@@ -182,7 +181,7 @@ def stateless_init_torch_distributed_process_group(
         raise ValueError(f"wire={wire!r}: must be None with backend={backend!r}; it knows gloo")
     joined = form(host, port, rank, world_size, seconds, listen_socket, wire=protocol)
     try:
-        place = torch_versions.tcp_store_of(joined.client.store)
+        place = torch_versions.tcp_store_of(joined.connection.client.store)
         group_store: Store = PrefixStore("group", place)
         address = address_towards(place.host, place.port)
         if wire is not None:
@@ -190,9 +189,8 @@ def stateless_init_torch_distributed_process_group(
         group = create_group(name, group_store, rank, world_size, wait_of(seconds), address)
     finally:
         # the store listens on its own duplicate
-        if joined.own_listener:
-            close_quietly(joined.listener)
-    joined.remember(group, host)
+        joined.connection.release()
+    joined.remember(host, group)
     if group_name is not None:
         _register(group, group_name)
     return (group, group_store if wire is None else place) if return_store else group

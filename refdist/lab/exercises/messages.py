@@ -1,4 +1,4 @@
-"""Checks of notebook 04: a mailbox, a gather, an agreement on who is alive, and a new group.
+"""Checks of notebook 04: a mailbox, a gather, an agreement of survivors, a job that goes on.
 
 All but the third run the answer on the engines, where the notebook has defined it. ``_try`` makes
 each step one call of all engines, which ends in time, so an answer that fails leaves no engine
@@ -11,13 +11,20 @@ import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from refdist import StatelessProcessGroup, create_tcp_store
-from refdist.exploration import Snapshot, explore, nobody_waits_for_ever
+from refdist import GroupCreationError, StatelessProcessGroup, create_tcp_store
+from refdist.exploration import (
+    Call,
+    Protocol,
+    Snapshot,
+    explore,
+    nobody_waits_for_ever,
+    within,
+)
 from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import UnsolvedError, exercise, require
 from refdist.lab.exercises.trying import (
@@ -28,10 +35,10 @@ from refdist.lab.exercises.trying import (
     no_call_raises,
 )
 from refdist.lab.requests import LoggedStore
+from refdist.store.listening import listen
 
 _SECONDS = 3.0  # for a message that has been sent before
 _GATHER_SECONDS = 5.0
-_CREATE_SECONDS: float = 5
 _CALL_SECONDS = 10.0  # for all that an engine does in one step
 _GATHERS = 3
 
@@ -113,12 +120,13 @@ def _try(
 
 
 class _Here:
-    """On one engine: the store of the check, a mailbox with its calls, and a bound socket."""
+    """On one engine: the store of the check, a mailbox, and a group with its socket."""
 
     store: LoggedStore
     mailbox: Any
     number: int  # the mailbox's rank
-    socket: socket.socket
+    socket: socket.socket | None
+    group: StatelessProcessGroup
 
 
 @cache
@@ -335,145 +343,196 @@ def check_all_gather(engines: LocalEngines) -> str:
 
 # 4.3
 
-_MOST_REQUESTS = 4  # of a rank for an agreement; more than 2 are refused
+_MOST_REQUESTS = 20  # of a rank for an agreement; a right answer makes fewer
+_WIDTH = 2_000  # most states after each step; a right answer has fewer
+_AGREE_SECONDS = 2.0
 
-
-class Agreed(list[int]):
-    """A list that a rank has got, and the number of requests that it made for that."""
-
-    requests = 0
-
-
-_Agree = Callable[[Any, str, list[int]], list[int]]
+_Survivors = Callable[[Any, int, int], list[int]]
 
 
 def one_list(snapshot: Snapshot) -> bool:
-    """All ranks that return from an agreement return the same list."""
-    return all(
-        len({repr(call.value) for call in calls.values() if call.returned}) <= 1
+    """All ranks that return have the same list."""
+    return len({tuple(listed) for _, listed in _lists(snapshot)}) <= 1
+
+
+def all_have_come(snapshot: Snapshot) -> bool:
+    """Each rank on the list has come."""
+    return all(set(listed) <= set(calls) for calls, listed in _lists(snapshot))
+
+
+def left_out_for_a_reason(snapshot: Snapshot) -> bool:
+    """Each rank that is not on the list has died, or a wait has ended too early."""
+    ranks = set(range(len(snapshot.calls)))
+    if any(call.early for calls in snapshot.calls for call in calls.values()):
+        return True
+    return all(ranks - set(listed) <= snapshot.dead for _, listed in _lists(snapshot))
+
+
+def _lists(snapshot: Snapshot) -> list[tuple[dict[int, Call], list[int]]]:
+    """Each list that a rank has returned, after the calls of all ranks in that agreement."""
+    return [
+        (calls, cast(list[int], call.value))
         for calls in snapshot.collective.values()
-    )
-
-
-def a_list_of_a_rank(snapshot: Snapshot) -> bool:
-    """The list is one that a rank has proposed under this name."""
-    proposed = {
-        name: [_proposal(name, rank, len(snapshot.calls)) for rank in calls]
-        for name, calls in snapshot.collective.items()
-    }
-    return all(
-        call.value in proposed[name]
-        for name, calls in snapshot.collective.items()
         for call in calls.values()
         if call.returned
-    )
+    ]
 
 
-def _proposal(name: str, rank: int, world_size: int) -> list[int]:
-    """The list that a rank proposes: without the next rank, or without itself."""
-    absent = rank if name == "second" else (rank + 1) % world_size
-    return [other for other in range(world_size) if other != absent]
-
-
-def agreement_protocol(agree: _Agree, names: tuple[str, ...] = ("agree",)) -> Any:
-    """The protocol of ranks that agree on lists under these names, for ``explore``."""
-
+def _agreement(survivors: _Survivors) -> Protocol:
     def protocol(store: Any, rank: int, world_size: int) -> dict[str, Callable[[], object]]:
-        counted = LoggedStore(LimitedStore(store, _MOST_REQUESTS * len(names)))
-
-        def call(name: str) -> Agreed:
-            before = len(counted.log)
-            agreed = Agreed(agree(counted, name, _proposal(name, rank, world_size)))
-            agreed.requests = len(counted.log) - before
-            return agreed
-
-        return {name: lambda name=name: call(name) for name in names}  # type: ignore[misc]
+        limited = LimitedStore(store, _MOST_REQUESTS)
+        return {"agreement": lambda: _checked(survivors(limited, rank, world_size))}
 
     return protocol
 
 
-@exercise("4.3 the first proposal holds")
-def check_agree(agree: _Agree) -> str:
-    """Check the function in every schedule of 2 and 3 ranks of which one may die."""
+def _checked(found: Any) -> list[int]:
+    ranks = isinstance(found, list) and all(type(rank) is int for rank in found)
+    require(ranks, f"returned {found!r}; wanted: a list of ranks")
+    require(found == sorted(set(found)), f"returned {found}; wanted: each rank once, in order")
+    return cast(list[int], found)
+
+
+@exercise("4.3 one list of survivors")
+def check_survivors(survivors: _Survivors) -> str:
+    """Check the function in schedules of 1 to 3 ranks with timeouts and a death."""
     alone = HashStore()
     alone.set_timeout(timedelta(seconds=1))
-    found = agree(alone, "alone", [0, 2])
-    require(found == [0, 2], f"a rank alone proposed [0, 2] and got {found!r}; wanted: [0, 2]")
-    wanted = [no_call_raises, one_list, a_list_of_a_rank, nobody_waits_for_ever]
-    schedules = []
-    for world_size, names, properties in (
-        (2, ("first", "second"), wanted),
-        (3, ("first",), wanted),
-        (2, ("first",), [_few_requests]),
-    ):
-        protocol = agreement_protocol(agree, names)
-        explored = explore(protocol, world_size, properties, timeouts=1, crashes=1)
+    found = _checked(survivors(LimitedStore(alone, _MOST_REQUESTS), 0, 1))
+    require(found == [0], f"a rank alone got {found}; wanted: [0]")
+    properties = [
+        no_call_raises,
+        one_list,
+        all_have_come,
+        left_out_for_a_reason,
+        nobody_waits_for_ever,
+        within(_AGREE_SECONDS),
+    ]
+    schedules = {2: 0, 3: 0}
+    for world_size, timeouts, crashes in ((2, 0, 0), (2, 2, 1), (3, 0, 1), (3, 1, 0)):
+        explored = explore(
+            _agreement(survivors), world_size, properties,
+            timeouts=timeouts, crashes=crashes, width=_WIDTH,
+        )  # fmt: skip
         if explored.counterexample is not None:
             told = explored.counterexample.timeline()
             raise UnsolvedError(f"with {world_size} ranks, one schedule breaks it:\n{told}")
-        schedules.append(explored.schedules)
+        schedules[world_size] += explored.schedules
     return (
-        f"In {schedules[0]:,} schedules of 2 ranks and {schedules[1]:,} of 3, of which one may "
-        f"die, no rank returned another list, and none waited."
-    )
-
-
-def _few_requests(snapshot: Snapshot) -> bool:
-    """An agreement takes a rank 1 or 2 requests."""
-    return all(
-        isinstance(call.value, Agreed) and 1 <= call.value.requests <= 2
-        for calls in snapshot.calls
-        for call in calls.values()
-        if call.returned
+        f"In {schedules[2]:,} schedules of 2 ranks and {schedules[3]:,} of 3, with a death or "
+        f"waits that end too early, no two ranks had different lists."
     )
 
 
 # 4.4
 
-
-def _bind(rank: int, world_size: int) -> _Address:
-    _Here.socket = socket.socket()
-    _Here.socket.bind((defined_here("group").host, 0))
-    host, port = _Here.socket.getsockname()
-    return host, port
+_GO_ON_SECONDS = 1.5
+_ROUNDS = 4  # a newcomer is in within 4 times that
 
 
-def _regroup(
-    rank: int, world_size: int, agreed: list[int], addresses: dict[int, _Address], seconds: float
+def _bind(rank: int, world_size: int, root: int) -> _Address:
+    """Bind a socket for a store on the rank that is to host it."""
+    host = defined_here("group").host
+    _Here.socket = listen(host, 0) if rank == root else None
+    return host, _Here.socket.getsockname()[1] if _Here.socket is not None else 0
+
+
+def _form(rank: int, world_size: int, ranks: list[int], address: _Address) -> None:
+    listener = _Here.socket
+    _Here.group = StatelessProcessGroup.create(
+        *address, ranks.index(rank), len(ranks), store_timeout=10, listen_socket=listener
+    )
+    if listener is not None:
+        listener.close()
+
+
+def _go_on(rank: int, world_size: int, seconds: float, wanted: int = 0) -> tuple[bool, list[int]]:
+    """Call the answer once, or until the group has the wanted number of ranks.
+
+    Returns:
+        Whether the group is the one from before, and its engines in the order of their ranks.
+    """
+    before, end = _Here.group, time.monotonic() + _ROUNDS * seconds
+    while True:
+        group = defined_here("go_on")(_Here.group, seconds)
+        if not isinstance(group, StatelessProcessGroup):
+            raise TypeError(f"returned {group!r}, and not a group")
+        _Here.group = group
+        if wanted in (0, group.world_size) or time.monotonic() > end:
+            return group is before, group.all_gather_obj(rank, seconds)
+
+
+def _go_on_without_the_newcomer(rank: int, world_size: int, seconds: float) -> Any:
+    error = GroupCreationError("nobody was let in, and the group goes on as it was")
+    with patch.object(_Here.group, "admit", side_effect=error):
+        return _go_on(rank, world_size, seconds)
+
+
+def _join_or_go_on(
+    rank: int, world_size: int, seconds: float, newcomer: int, address: _Address, wanted: int
 ) -> Any:
-    """Call the answer. What its group is, and what a gather there returns; None without one."""
-    regroup = defined_here("regroup")
-    group = regroup(list(agreed), dict(addresses), rank, _Here.socket, seconds)
-    if group is None:
-        return None
-    with group:
-        told = group.rank, group.world_size, (group.host, group.port)
-        return (*told, group.all_gather_obj(f"was rank {rank}", seconds))
+    if rank != newcomer:
+        return _go_on(rank, world_size, seconds, wanted)
+    _Here.group = StatelessProcessGroup.join(*address, timeout=_ROUNDS * seconds)
+    return False, _Here.group.all_gather_obj(rank, seconds)
 
 
-@exercise("4.4 a new group")
-def check_regroup(engines: LocalEngines) -> str:
-    """Check the function ``regroup`` of those engines that answer, which have a ``group``."""
+def _address(rank: int, world_size: int) -> _Address:
+    return _Here.group.host, _Here.group.port
+
+
+def _end(rank: int, world_size: int) -> None:
+    _Here.group.end()
+
+
+@exercise("4.4 a job that goes on")
+def check_go_on(engines: LocalEngines) -> str:
+    """Check the function ``go_on`` of those engines that answer, which have a ``group``."""
     alive = engines.answering()
     require(len(alive) >= 3, f"only {alive} answer; wanted: at least 3 engines. Start them again")
-    bound = _try(engines, "each rank binds a socket", _bind, ranks=alive)
-    addresses = dict(zip(alive, bound, strict=True))
-    lists = [alive[1:], [alive[0], alive[-1]], alive]
-    for agreed in lists:
-        where = (
-            f"agreed on {agreed}, seconds={_CREATE_SECONDS} (so rank {agreed[0]} must listen on "
-            f"its own socket, and the others connect to its address)"
+    first, *others = alive
+    *early, late = alive
+    address = _try(engines, "a socket is bound", _bind, first, ranks=alive)[0]
+    _try(engines, "a group is formed", _form, alive, address, ranks=alive)
+    seconds = _GO_ON_SECONDS
+
+    where = "all call go_on, and nobody asks"
+    _require_group(engines, where, alive, True, _go_on, seconds)
+
+    where = f"rank {late} does not call go_on"
+    _require_group(engines, where, early, False, _go_on, seconds)
+    where = f"rank {late} calls go_on when the others have gone on without it"
+    _, kind, text = _run(engines, [late], _go_on, seconds)[0]
+    require(
+        kind == "GroupCreationError",
+        f"{where}: your code {text or 'returned'}; wanted: the GroupCreationError of shrink",
+    )
+
+    where = f"rank {late} asks to be let in, and the others call go_on"
+    address = _try(engines, where, _address, ranks=early)[0]
+    asks = _join_or_go_on, seconds, late, address, len(alive)
+    _require_group(engines, where, alive, False, *asks)
+
+    where = "a process has asked, and does not come, so admit raises a GroupCreationError"
+    _require_group(engines, where, alive, True, _go_on_without_the_newcomer, seconds)
+
+    where = f"rank 0 of the group ends, and with it the store; that is engine {first}"
+    _try(engines, where, _end, ranks=[first])
+    _require_group(engines, where, others, False, _go_on, seconds)
+    _try(engines, "the group is ended", _end, ranks=others)
+    return f"Groups of the engines {alive}, {early}, {alive} again and {others}."
+
+
+def _require_group(
+    engines: LocalEngines, where: str, ranks: list[int], same: bool, function: Any, *arguments: Any
+) -> None:
+    """Call a function on these engines, after which they are to be a group, all with one list."""
+    found = _try(engines, where, function, *arguments, ranks=ranks)
+    for rank, (is_same, listed) in zip(ranks, found, strict=True):
+        require(
+            listed == ranks,
+            f"{where}: the group of rank {rank} has the engines {listed}; wanted: {ranks}",
         )
-        found = _try(engines, where, _regroup, agreed, addresses, _CREATE_SECONDS, ranks=alive)
-        names = [f"was rank {rank}" for rank in agreed]
-        for rank, told in zip(alive, found, strict=True):
-            if rank not in agreed:
-                require(told is None, f"{where}: rank {rank} returned {told!r}; wanted: None")
-                continue
-            wanted = agreed.index(rank), len(agreed), addresses[agreed[0]], names
-            require(
-                told == wanted,
-                f"{where}: rank {rank} has {told}; wanted: {wanted}, that is new rank, world size, "
-                f"address, and what a gather returns",
-            )
-    return f"Groups of {', '.join(map(str, lists))}, each where its lowest rank listens."
+        require(
+            is_same or not same, f"{where}: rank {rank} got another group; wanted: the same one"
+        )
