@@ -6,11 +6,10 @@ from time import monotonic
 import pytest
 import torch
 
-from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import UnsolvedError
 from refdist.lab.exercises import all_reduce as checks
 
-pytestmark = pytest.mark.xdist_group("all_reduce")
+pytestmark = pytest.mark.xdist_group("engines")
 
 
 def fails(check, *answers):
@@ -78,11 +77,7 @@ def test_wrong_schedules(ring_step, text):
 # 3.2
 
 
-@pytest.fixture(scope="module")
-def engines():
-    with LocalEngines(4) as running:
-        running.view.execute(
-            """
+SETUP = """
 from datetime import timedelta
 import torch.distributed as dist
 from refdist import init_gloo_process_group, stateless_init_torch_distributed_process_group
@@ -191,10 +186,13 @@ def sums_in_one_that_is_hidden_from_checks(group, tensor, other=soon_lost):
 
 def other_collective(group, tensor):
     group.allreduce([tensor]).wait()
-""",
-            block=True,
-        )
-        yield running
+"""
+
+
+@pytest.fixture(scope="module")
+def engines(engines):
+    engines.view.execute(SETUP, block=True)
+    return engines
 
 
 @pytest.mark.parametrize("name", ["ring", "first_rank_receives_first"])

@@ -5,13 +5,12 @@ import signal
 import pytest
 from ipyparallel.error import RemoteError
 
-from refdist.lab.engines import LocalEngines
 from refdist.lab.exercises import UnsolvedError, hangs
 from refdist.lab.figures import call_grid
 from refdist.lab.stacks import StackReader
-from refdist.lab.stuck import RECORDING, Console
+from refdist.lab.stuck import Console
 
-pytestmark = pytest.mark.xdist_group("hangs")
+pytestmark = pytest.mark.xdist_group("engines")
 
 SETUP = """
 from collections import Counter
@@ -24,10 +23,9 @@ from refdist.torch_groups import collectives
 
 
 @pytest.fixture(scope="module")
-def engines():
-    with LocalEngines(4, environment=RECORDING) as four:
-        four.view.execute(SETUP, block=True)
-        yield four
+def engines(engines):
+    engines.view.execute(SETUP, block=True)
+    return engines
 
 
 def define(engines, source, *changes):

@@ -66,29 +66,58 @@ def needed(cells):
     return kept[::-1]
 
 
-@pytest.mark.timeout(300)
-@each_notebook
-def test_every_stub_fails_its_check_with_a_message_that_helps(path, tmp_path):
-    # as make learn lays them out
-    (tmp_path / "notebooks").symlink_to(path.parent)
-    (tmp_path / "learn").mkdir()
-    copied = json.dumps(learners_copy(json.loads(path.read_text())))
-    copy = nbformat.reads(copied, as_version=4)
-    copy.cells = needed(copy.cells)
-    if any("LocalEngines(" in cell.source for cell in copy.cells):
-        copy.cells.append(nbformat.v4.new_code_cell("engines.stop()"))
+# one set of engines for all notebooks: each would start its own, of 3 to 8 processes
+SHARED = """
+from refdist.benchmarks.ways import WITHOUT_MULTICAST
+from refdist.lab.engines import LocalEngines
+from refdist.lab.stuck import RECORDING
+
+shared = LocalEngines(4, environment={"SECRET_OF_06": "0" * 64} | WITHOUT_MULTICAST | RECORDING)
+
+
+def new_engines():
+    shared.offer_port()  # for the groups of the next notebook
+    return shared
+"""
+
+
+def executed(sources, folder):
+    """The cells of these sources, after one kernel has run them in this folder."""
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, sources)))
     NotebookClient(
-        copy,
+        notebook,
         timeout=CELL_SECONDS,
         kernel_name="python3",
         allow_errors=True,
-        resources={"metadata": {"path": str(tmp_path / "learn")}},
+        resources={"metadata": {"path": str(folder)}},
     ).execute()
-    checks = [cell for cell in copy.cells if "check" in tags(cell)]
-    for number, cell in enumerate(checks, start=1):
-        (error,) = [output for output in cell.outputs if output.output_type == "error"]
-        assert error.ename == "UnsolvedError"
-        assert error.evalue.startswith(f"Exercise {int(path.name[:2])}.{number} ")
+    return notebook.cells
+
+
+def errors_in(cell):
+    return [output for output in cell.outputs if output.output_type == "error"]
+
+
+@pytest.mark.timeout(300)
+def test_every_stub_fails_its_check_with_a_message_that_helps(tmp_path):
+    # as make learn lays them out
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    (tmp_path / "learn").mkdir()
+    sources, checks = [SHARED], {}
+    for path in NOTEBOOKS:
+        copied = json.dumps(learners_copy(json.loads(path.read_text())))
+        number = 0
+        for cell in needed(nbformat.reads(copied, as_version=4).cells):
+            if "check" in tags(cell):
+                number += 1
+                checks[len(sources)] = f"Exercise {int(path.name[:2])}.{number} "
+            sources.append(re.sub(r"LocalEngines\(.*\)", "new_engines()", cell.source))
+    cells = executed([*sources, "shared.stop()"], tmp_path / "learn")
+    assert errors_in(cells[0]) == errors_in(cells[-1]) == []
+    for place, exercise in checks.items():
+        (error,) = errors_in(cells[place])
+        assert error.ename == "UnsolvedError", error.evalue
+        assert error.evalue.startswith(exercise)
         assert "not written yet" in error.evalue
 
 
