@@ -388,11 +388,11 @@ def test_a_closed_connection():
 @pytest.mark.parametrize(
     ("module", "seconds", "secret"),
     [
-        (plain, 1.0, False),
-        (plain, 1.0, True),
-        (quick, 1.0, False),
-        (quick, 1.5, False),
-        (quick, 1.5, True),
+        pytest.param(plain, 1.0, False, id="plain"),
+        pytest.param(plain, 1.0, True, id="plain, secret"),
+        pytest.param(quick, 1.0, False, id="quick"),
+        pytest.param(quick, 1.5, False, id="quick, sleepers"),
+        pytest.param(quick, 1.5, True, id="quick, sleepers, secret"),
     ],
 )
 @pytest.mark.parametrize(("rounds", "timeouts", "crashes"), [(2, 1, 0), (2, 0, 1), (1, 99, 1)])
@@ -420,7 +420,7 @@ def test_more_schedules(world_size, rounds, timeouts, crashes, seconds, width, m
         timeouts=timeouts, crashes=crashes, width=width,
     )  # fmt: skip
     assert found.counterexample is None
-    assert found.states > 30_000 and found.schedules > 10**7
+    assert found.states > 20_000 and found.schedules > 10**6
 
 
 # A rank is interrupted, once, after any of its waits. It has not been there then, and comes again;
@@ -524,12 +524,12 @@ def everyone_realigns(snapshot):
 def test_realigned_ranks(alone, native):
     both = [everyone_realigns, nobody_waits_for_ever]
     with kind_of_barrier(native):
-        # with a timeout, the plain barrier has some millions of states
-        found = explore(realigned(alone), 2, both, timeouts=int(native))
         undisturbed = explore(realigned(alone), 2, [*both, next_call_works], timeouts=0)
-    for some in (found, undisturbed):
-        assert some.counterexample is None and some.complete
-        assert some.schedules > 1_000
+        # with a timeout, the plain barrier has some millions of states
+        disturbed = explore(realigned(alone), 2, both, timeouts=1, width=1_000)
+    assert undisturbed.counterexample is None and undisturbed.complete
+    assert disturbed.counterexample is None
+    assert min(undisturbed.schedules, disturbed.schedules) > 1_000
 
 
 # Every mutant is caught, by the property that it was made to break. The real barrier is not.

@@ -107,7 +107,7 @@ class Shrinking(Splitting):
             connection.take_over(self._connection, self.rank == ranks[0])
             if self.rank == ranks[0]:
                 introduce(connection.client, len(here), joined.secret)
-        prefix = keys.era(joined.place, joined.era + 1, "shrunk")
+        prefix = keys.era(joined.place, joined.era + 1, "moved" if moves else "shrunk")
         barrier = self._barrier_at(prefix, here, connection)
         hosts = ranks[0] if moves else None
         addresses = joined.addresses and tuple(
