@@ -336,7 +336,7 @@ MUTANTS = [
     mutant(SleepsUnseen, quick, everyone_is_woken, seconds=1.5),
     mutant(WaitsToBeWoken, quick, nobody_waits_for_ever, crashes=1, seconds=1.5),
     mutant(AnyoneLetsRankZeroGo, quick, rank_0_leaves_last, world_size=3, timeouts=0),
-    mutant(EveryoneTellsWhy, quick, one_reason, world_size=3, timeouts=2, width=3000),
+    mutant(EveryoneTellsWhy, quick, one_reason, world_size=3, timeouts=2, width=1000),
     mutant(NoReason, quick, everyone_is_woken),
     mutant(ResetTooEarly, quick, next_call_works, rounds=2),
     mutant(TwoSlots, quick, next_call_works, rounds=3, timeouts=0),

@@ -526,7 +526,7 @@ def test_realigned_ranks(alone, native):
     with kind_of_barrier(native):
         undisturbed = explore(realigned(alone), 2, [*both, next_call_works], timeouts=0)
         # with a timeout, the plain barrier has some millions of states
-        disturbed = explore(realigned(alone), 2, both, timeouts=1, width=1_000)
+        disturbed = explore(realigned(alone), 2, both, timeouts=1, width=500)
     assert undisturbed.counterexample is None and undisturbed.complete
     assert disturbed.counterexample is None
     assert min(undisturbed.schedules, disturbed.schedules) > 1_000
@@ -555,10 +555,12 @@ def test_mutants(mutant):
     assert mutant.shows in str(timeline)
 
 
-# Where a mutant fails, the real barrier does not.
+# Where a mutant fails, the real barrier does not: also in test_all_schedules_of_two_ranks.
 
 
-@pytest.mark.parametrize("config", sorted({m[2:8] for m in MUTANTS}, key=str), ids=str)
+@pytest.mark.parametrize(
+    "config", sorted({m[2:8] for m in MUTANTS} - {(2, 2, 1, 0, 1.0, None)}, key=str), ids=str
+)
 @BOTH_KINDS
 def test_the_real_barrier_where_mutants_fail(config, module):
     alike = [m for m in MUTANTS if m[2:8] == config and m.kind is module.Barrier]
