@@ -3,6 +3,7 @@
 Ranks are processes. The last ones of each test ask, and the others are the group.
 """
 
+import json
 import os
 from contextlib import nullcontext, suppress
 
@@ -11,8 +12,10 @@ from ranks import LOCAL, interrupt, run_ranks, until
 from test_shrinking import _die, _error, _run_all, _watch
 
 from refdist import (
+    AuthenticationError,
     BarrierError,
     GroupCreationError,
+    MessageError,
     MessageTimeoutError,
     StatelessProcessGroup,
     StoreConnectionError,
@@ -471,3 +474,27 @@ def _heals_twice(here):
 
 def test_the_hosts_are_killed():
     assert run_ranks(_heals_twice, 5, killed=[0, 1]) == [None, None, True, True, True]
+
+
+# Someone who writes to the store answers in place of rank 0: with what is no plan, or with the plan
+# of an earlier admission, which names other tokens. The process that asks does not go along.
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "text"),
+    [
+        (b"[1, 2]", MessageError, r"the group on .* told '\[1, 2\]', which is no plan of a group"),
+        (b"{}", MessageError, "which is no plan of a group"),
+        (b"\xff", MessageError, "told 'None', which is no plan of a group"),
+        (
+            json.dumps([1, 2, "", 1, "era/1/", [None, None], ["00", "11"]]).encode(),
+            AuthenticationError,
+            "answer/0: is the answer to another ask",
+        ),
+    ],
+)
+def test_a_strangers_answer(answer, error, text):
+    store = create_tcp_store(LOCAL, 0, is_master=True)
+    store.set(keys.answer(0), answer)
+    with pytest.raises(error, match=text):
+        StatelessProcessGroup.join(LOCAL, store.port, timeout=20)

@@ -17,6 +17,7 @@ from torch.distributed import HashStore, PrefixStore
 from refdist import (
     AuthenticationError,
     BarrierError,
+    GroupCreationError,
     MessageTimeoutError,
     StatelessProcessGroup,
     StoreConnectionError,
@@ -515,3 +516,39 @@ def _nccl_in_a_part(here):
 def test_a_part_carries_nccl():
     pytest.importorskip("nccl.core")
     assert run_ranks(_nccl_in_a_part, 2, deadline=90) == [(1, [3.0] * 4), (0, [3.0] * 4)]
+
+
+# A group that has shrunk is left by the last of the groups on its store, as any: rank 0 waits for
+# the others then, and all that they said is still read.
+
+
+def test_a_part_outlives_a_group_that_has_shrunk():
+    def use(group):
+        shrunk = group.shrink(timeout=20)
+        part = shrunk.split(0)
+        shrunk.close()
+        found = part.all_gather_obj(part.rank)
+        part.close()
+        return found
+
+    assert on_threads(use, 2) == [[0, 1]] * 2
+
+
+# Two ranks shrink a part, and close it. The third comes to it later, and is told.
+
+
+def test_a_rank_that_comes_when_the_part_is_closed():
+    closed = threading.Barrier(3)
+
+    def use(group):
+        part = group.split(0)
+        if group.rank < 2:
+            with part.shrink(timeout=0.5) as rest:
+                assert rest.all_gather_obj(rest.rank) == [0, 1]
+            closed.wait(20)
+            return
+        closed.wait(20)
+        with part, pytest.raises(GroupCreationError, match="rank 2 came late, and was left out"):
+            part.shrink(timeout=0.5)
+
+    on_threads(use, 3)

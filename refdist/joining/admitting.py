@@ -63,6 +63,18 @@ class Plan(NamedTuple):
     addresses: list[Any]
     tokens: list[str]
 
+    @classmethod
+    def parse(cls, told: Any, who: str) -> Self:
+        """The plan that somebody has told; ``who`` begins the text of an error.
+
+        Raises:
+            MessageError: it is none.
+        """
+        kinds = [int, int, str, int, str, list, list]
+        if not isinstance(told, list) or list(map(type, told)) != kinds:
+            raise MessageError(f"{who} told {str(told)[:40]!r}, which is no plan of a group")
+        return cls(*told)
+
     def barrier(self, client: StoreClient, rank: int, secret: bytes | None) -> Barrier:
         """The barrier of the new group."""
         barrier = barrier_of(client.at(self.prefix), rank, self.world_size)
@@ -122,6 +134,7 @@ class Admitting(Shrinking):
         Raises:
             ValueError: an argument is out of its range.
             OSError: the host does not resolve.
+            MessageError, AuthenticationError: a stranger has answered.
             GroupCreationError: nobody let it in in time. Or soon: it has another secret, or a torch
                 that does not fit.
             StoreConnectionError: no store answered in time, or it ended.
@@ -171,6 +184,7 @@ class Admitting(Shrinking):
             ValueError: the group speaks vLLM's protocol, or was split off another.
         """
         self._check_own("admit")
+        self._calls.check_open("admit")
         if not self._calls.kept.get("next") and self._connection.root is not self._barrier:
             raise ValueError("admit: this group was split off another; call it on that one")
         deadline = Deadline(timeout)
@@ -208,16 +222,10 @@ class Admitting(Shrinking):
         except BarrierError as error:
             if not error.completed or not asks:
                 raise  # else the others have gone on to the next barrier
-        try:
-            found = json.loads(told)
-            plan = None if found is None else Plan(*found)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise MessageError(
-                f"gather {generation}: rank 0 brought {told[:40]!r} and no plan; did it call "
-                f"something else than admit?"
-            ) from error
-        if plan is None:
+        if told == b"null":
             return None
+        who = f"gather {generation}: did rank 0 call something else than admit? It"
+        plan = Plan.parse(_loaded(told), who)
         for place, (number, _, _) in enumerate(asks):
             own = json.dumps(plan._replace(rank=self.world_size + place)).encode()
             key = keys.answer(number)
@@ -251,6 +259,9 @@ def ask(connection: Connection, where: str, secret: bytes | None, deadline: Dead
         key = keys.ask(number)
         client.set(key, _seals(secret, "ask").seal(key, json.dumps(about_me).encode()))
         plan = _answer(client, number, where, secret, deadline)
+        if about_me[0] not in plan.tokens:
+            # else someone without the secret could play an earlier admission again
+            raise AuthenticationError(f"{keys.answer(number)}: is the answer to another ask")
         try:
             plan.meet(client, plan.rank, secret, deadline)
             break
@@ -280,10 +291,18 @@ def _answer(
             f"no group on {where} let this process in within {deadline.allowed:g} s; do all its "
             f"ranks call admit?"
         )
-    told = json.loads(seals.unseal(key, answer))
+    told = _loaded(seals.unseal(key, answer))
     if isinstance(told, str):
         raise GroupCreationError(f"the group on {where} does not let this process in: {told}")
-    return Plan(*told)
+    return Plan.parse(told, f"the group on {where}")
+
+
+def _loaded(text: bytes) -> Any:
+    """What a JSON text says; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def unanswered(connection: Connection, secret: bytes | None) -> Any:

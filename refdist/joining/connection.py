@@ -77,11 +77,12 @@ class Connection:
     def drop(self, group: Any, client: StoreClient) -> None:
         """A group has ended. The last one lets the store go."""
         self.open.discard(group)
-        if client is not self.client:
-            client.close()
         if not self.open:
+            self.root.store.close()
             self.client.close()
             self.release()
+        if client not in (self.client, self.root.store):
+            client.close()
 
 
 def _close_all(sockets: list[socket.socket]) -> None:

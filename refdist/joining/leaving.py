@@ -51,7 +51,9 @@ class Leaving:
             barrier, connection = self._barrier, self._connection
             connection.open.discard(self)
             if barrier is not connection.root:
-                leave_part(barrier, self._joined.place, reason)
+                # a rank that was left out, and has not learned it, still looks for the meeting
+                lost = self._joined.left_out
+                leave_part(barrier, barrier.store.prefix if lost else self._joined.place, reason)
             if not connection.open:
                 own = reason if barrier is connection.root else None
                 self._wire.leave(connection.root, own, deadline)

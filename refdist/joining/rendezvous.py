@@ -65,6 +65,7 @@ class Joined(NamedTuple):
         addresses: of the sockets that the ranks have reserved; None for that which has the store.
         place: the prefix of its keys, before it shrank or grew.
         era: how often it has shrunk or grown.
+        left_out: whether it has ever shrunk to fewer ranks.
     """
 
     wire: Wire
@@ -75,6 +76,7 @@ class Joined(NamedTuple):
     addresses: tuple[Address | None, ...] = ()
     place: str = ""
     era: int = 0
+    left_out: bool = False
 
     @classmethod
     def over(cls, store: Store, rank: int, world_size: int) -> Self:

@@ -113,7 +113,10 @@ class Shrinking(Splitting):
         addresses = joined.addresses and tuple(
             None if rank == hosts else joined.addresses[rank] for rank in here
         )
-        return self._followed_by(barrier, connection=connection, addresses=addresses)
+        left_out = joined.left_out or len(here) < self.world_size
+        return self._followed_by(
+            barrier, connection=connection, addresses=addresses, left_out=left_out
+        )
 
     def _move(self, ranks: list[int], deadline: Deadline) -> Self:
         """Meet over a store that the first of the ranks opens."""
