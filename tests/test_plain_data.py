@@ -605,7 +605,7 @@ def test_a_tensor_of_another_device_arrives_on_the_cpu():
 
 
 def bombs():
-    nested = b")" + b"\x85" * 300_000  # its hash overflows the stack of C
+    nested = b")" + b"\x85" * 200_000  # its hash overflows the stack of C
     doubled = b")" + b"q\x00h\x00\x86" * 100  # its hash takes 2**100 steps
     wide = b")" + (b"q\x000(" + b"h\x00" * 1000 + b"t") * 5  # 1000**5 parts
     for key in (nested, doubled, wide):
@@ -634,7 +634,7 @@ def bombs():
 
 def harmless():
     """Messages that look like bombs, and are plain data."""
-    many = 200_000
+    many = 150_000
     yield whole(b"Nr" + b"\xff" * 4)
     yield whole(b"]" * many, b"a" * (many - 1))
     yield whole(b")", b"\x85" * many)
@@ -990,9 +990,9 @@ def test_bombs():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_hostile_pickles(way):
-    counts = in_a_process("--way", way, "--inputs", 10_000, "--seed", 1)
-    assert counts["inputs"] == 10_000
-    assert counts["read"] > 500 and counts["tensors"] > 200 and counts["names refused"] > 3000
+    counts = in_a_process("--way", way, "--inputs", 5_000, "--seed", 1)
+    assert counts["inputs"] == 5_000
+    assert counts["read"] > 250 and counts["tensors"] > 100 and counts["names refused"] > 1500
 
 
 # --- the ids of vLLM
