@@ -123,7 +123,7 @@ class StoreClient:
     def multi_set(self, keys: list[str], values: list[str]) -> None:
         """Write several values."""
         try:
-            self._store.multi_set([self.prefix + key for key in keys], values)
+            self._store.multi_set(list(map(self.prefix.__add__, keys)), values)
         except DistNetworkError as error:
             self._lose(error)
             raise
