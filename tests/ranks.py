@@ -27,10 +27,12 @@ LOCAL = "127.0.0.1"
 DEADLINE = 40.0
 _GRACE = 5.0  # what the others have left after one rank has failed
 
-# a process is forked from one that has imported these already: milliseconds, not seconds
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "refdist", "pytest"])
-
+# a process is forked from one that has imported these already: milliseconds, not seconds
+_IMPORTED = [
+    "torch", "refdist", "refdist.benchmarks.__main__", "refdist.exploration",
+    "hypothesis", "psutil", "pytest",
+]  # fmt: skip
 
 # starting a process reads the exit codes of all others, and an exit code can be read only once
 _one_thread = threading.Lock()
@@ -161,6 +163,8 @@ def run_ranks(
     SIGKILL. Raises RankFailedError if another one does not return within ``deadline`` seconds.
     """
     board = create_tcp_store(LOCAL, 0, is_master=True, timeout=timedelta(seconds=deadline))
+    # the first process counts; other tests and the package ask for other modules
+    _processes.set_forkserver_preload(_IMPORTED)
     processes, pipes = [], []
     end = time.monotonic() + deadline
     try:
