@@ -101,7 +101,8 @@ class Calls:
         """
         call = _Call(what, deadline)  # from now on, SIGINT is held back
         try:
-            if self.closed or os.getpid() != self._process:
+            # what was kept may still have to reach the caller
+            if (self.closed and kept is None) or os.getpid() != self._process:
                 self._refuse(call)
             if self._present.setdefault("call", call) is not call:
                 self._take_turn(call)

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from refdist.barrier import plain, quick
 from refdist.errors import BarrierError, GroupCreationError
-from refdist.joining import admitting, leaving, shrinking
+from refdist.joining import admitting, asking, leaving, shrinking
 from refdist.store import keys
 
 
@@ -102,12 +102,12 @@ def no_meeting(*_):
     """The ranks do not meet those that they let in."""
 
 
-def told_at_once(connection, secret, really=admitting.unanswered):
+def told_at_once(connection, secret, really=asking.unanswered):
     """Who asks has the answer before the ranks of the group have agreed."""
-    for number, token, address in really(connection, secret):
-        plan = admitting.Plan(2, 3, "", 1, "era/1/grown/0/", [None] * 3, ["00" * 16, token])
-        connection.client.decide(keys.answer(number), json.dumps(plan).encode())
-        yield number, token, address
+    for ask in really(connection, secret):
+        plan = asking.Plan(2, 3, "", 1, "era/1/grown/0/", [None] * 3, ["00" * 16, ask.token])
+        connection.client.decide(keys.answer(ask.number), json.dumps(plan).encode())
+        yield ask
 
 
 def keeps_itself(group, deadline, really=admitting.Admitting._admit):

@@ -314,7 +314,8 @@ def test_the_group_ends():
     run_ranks(_the_group_ends, 2)
 
 
-# What a stranger writes in place of an ask is passed over, and those that ask properly are let in.
+# What a stranger writes in place of an ask is passed over, and so is one that died before it wrote
+# any, also if there are more than one call looks at. Those that ask properly are let in.
 
 
 def _rubbish(here):
@@ -323,7 +324,7 @@ def _rubbish(here):
         rubbish = ["", "rubbish", "[1, 2]", '["token", 5, true]', '["token", ["host"], true]']
         for number, text in enumerate(rubbish):
             group.store.set(keys.ask(number), text)
-        group.store.add(keys.asked(), len(rubbish) + 1)  # of the last there is nothing
+        group.store.add(keys.asked(), 600)  # of the others there is nothing
         here.tell("written")
         while group.world_size < 2:
             group = group.admit(timeout=5)
@@ -337,6 +338,35 @@ def _rubbish(here):
 
 def test_a_stranger_asks():
     assert run_ranks(_rubbish, 2) == [[0, 1]] * 2
+
+
+# One whose ask arrives after rank 0 has looked for it in vain asks again.
+
+
+def _asks_late(here):
+    if here.rank == 0:
+        group = _member(here, 1)
+        here.ask("counted")
+        assert group.admit() is group
+        here.tell("looked")
+        while group.world_size < 2:
+            group = group.admit(timeout=20)
+    else:
+
+        def before(key):
+            if key == keys.ask(0):
+                here.tell("counted")
+                here.ask("looked")
+
+        _watch(before)
+        group = _ask(here)
+    found = _use(here, group)
+    group.close()
+    return found
+
+
+def test_an_ask_that_is_late():
+    assert run_ranks(_asks_late, 2) == [[0, 1]] * 2
 
 
 # A stranger adds a lot to the count of those that ask: the group does not look for all of them.
@@ -391,6 +421,43 @@ def _interrupted(here):
 
 def test_an_interrupt():
     assert run_ranks(_interrupted, 4) == [[0, 1, 2]] * 3 + [None]
+
+
+# The process that asks is interrupted, and is let in before it has taken its ask back: the others
+# do not wait for it. When it asks again, it is let in.
+
+
+def _asks_and_is_interrupted(here):
+    if here.rank == 2:
+
+        def before(key):
+            if key == keys.answer(0) and not here.told("interrupted"):
+                here.tell("interrupted")
+                interrupt(os.getpid())
+            elif key == keys.answer(0):
+                here.ask("answered")
+
+        _watch(before)
+        with pytest.raises(KeyboardInterrupt):
+            _ask(here)
+        group = _ask(here)
+    else:
+        if here.rank == 0:
+            _watch(lambda key: key.startswith("era/") and here.tell("answered"))
+        group = _member(here, 2)
+        here.ask("interrupted")
+        _until_asked(group, 1)
+        error = _error(lambda: group.admit(timeout=20))
+        assert isinstance(error, GroupCreationError) and "KeyboardInterrupt" in str(error), error
+        while group.world_size < 3:
+            group = group.admit()
+    found = _use(here, group)
+    group.close()
+    return found
+
+
+def test_one_that_asks_is_interrupted():
+    assert run_ranks(_asks_and_is_interrupted, 3) == [[0, 1, 2]] * 3
 
 
 # A process that was let in leaves, and the others shrink. It comes again, and then it is killed and

@@ -31,7 +31,7 @@ from refdist.exploration import (
     who_is_left_out_is_told,
     within,
 )
-from refdist.joining import admitting, shrinking, splitting
+from refdist.joining import admitting, asking, shrinking, splitting
 from refdist.joining.connection import Connection
 from refdist.store.client import StoreClient
 from refdist.store.seals import NO_SEALS
@@ -43,6 +43,7 @@ def _simulated():
     with (
         patch.object(splitting, "PrefixStore", lambda _, store: store),
         patch.object(admitting, "os", SimpleNamespace(urandom=bytes)),
+        patch.object(asking, "os", SimpleNamespace(urandom=bytes)),
     ):
         yield
 
@@ -154,7 +155,7 @@ class Process:
 
     def ask(self):
         connection = Connection(StoreClient(self.store))
-        joined = admitting.ask(connection, "here", None, Deadline(4.0, whole=True))
+        joined = asking.ask(connection, "here", None, Deadline(4.0, whole=True))
         self.new = splitting.made(Numbered, joined, None, 3600, "pickle")
         self.new.numbers = tuple(range(self.new.world_size))
         return self.new.numbers
@@ -549,7 +550,7 @@ class Mutant(NamedTuple):
 
 
 def meeting(mistake):
-    return (mistake, ("shrinking.Meeting", "admitting.Meeting"))
+    return (mistake, ("shrinking.Meeting", "asking.Meeting"))
 
 
 AT_ONCE = meeting(mutants.InterruptedAtOnce)
@@ -567,7 +568,7 @@ MUTANTS = [
     ),
     Mutant([(mutants.own_rank_first, ["shrinking.meet"])], meets, IN_ORDER),
     Mutant([(mutants.old_prefix, ["shrinking.keys.era"])], MESSAGES, ONLY_NEW, 3),
-    Mutant([(mutants.no_meeting, ["admitting.Plan.meet"])], dead_asker, not_with(1, "admit")),
+    Mutant([(mutants.no_meeting, ["asking.Plan.meet"])], dead_asker, not_with(1, "admit")),
     Mutant([(mutants.told_at_once, ["admitting.unanswered"])], WITHOUT_1, told_of_what_comes, 3),
     Mutant(
         [(mutants.keeps_itself, ["admitting.Admitting._admit"])],
@@ -578,7 +579,7 @@ MUTANTS = [
         processes("see", "admit", "gather", newcomers=1, turns={0: (AT_THE_END,)}), ADMITS[2],
     ),
     Mutant(
-        [(mutants.goes_without_a_word, ["admitting.break_off"])],
+        [(mutants.goes_without_a_word, ["asking.break_off"])],
         processes("see", "admit", newcomers=1, turns={1: (2,)}), others_learn_of_it, 3, width=50,
     ),
     Mutant(

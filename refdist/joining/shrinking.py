@@ -71,10 +71,10 @@ class Shrinking(Splitting):
             ValueError: the group speaks vLLM's protocol.
         """
         self._check_own("shrink")
+        if self._calls.kept.get("next") is None:
+            self._calls.check_open("shrink")
         deadline = Deadline(timeout)
-        group: Self = self._calls.run("shrink", deadline, self._shrink, deadline, kept="next")
-        self.end()
-        return group
+        return self._calls.run("shrink", deadline, self._shrink, deadline, kept="next")
 
     def _shrink(self, deadline: Deadline) -> Self:
         """The group that follows. An interrupt leaves it to the next call."""
@@ -87,6 +87,7 @@ class Shrinking(Splitting):
                 if self.rank not in with_address:
                     raise
                 kept["next"] = self._move(with_address, deadline)
+        self.end()
         group: Self = kept["next"]
         return group
 
