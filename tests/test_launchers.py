@@ -23,7 +23,8 @@ DEADLINE = 110.0
 # stopped, continued and killed.
 
 PROGRAM = """
-import json, os, psutil, signal
+import json, os, psutil, signal, sys, time
+from pathlib import Path
 from refdist.lab.engines import LocalEngines
 
 CELL = '''
@@ -37,16 +38,21 @@ with StatelessProcessGroup.create(
     gathered = group.all_gather_obj([rank, host, network, *map(os.environ.get, told)])
 '''
 
+def until(condition):
+    while not condition():
+        time.sleep(0.01)
+
 with LocalEngines(2, timeout=90, environment={"REFDIST_TEST": "yes"}) as engines:
     engines.view.execute(CELL, block=True)
     second = psutil.Process(engines.client[1].apply_sync(os.getpid))
-    waiting = engines.client[1].execute("import time; time.sleep(600)", block=False)
-    while not waiting.wait(0.1):
-        engines.signal(1, signal.SIGINT)  # an idle engine ignores it
+    sleeps = Path(sys.argv[1])
+    cell = f"import time; open({str(sleeps)!r}, 'w').close(); time.sleep(600)"
+    waiting = engines.client[1].execute(cell, block=False)
+    until(sleeps.exists)
+    engines.signal(1, signal.SIGINT)  # a second one might hit the engine while it answers
     assert "KeyboardInterrupt" in repr(waiting.exception())
     engines.signal(1, signal.SIGSTOP)
-    while second.status() != psutil.STATUS_STOPPED:
-        pass
+    until(lambda: second.status() == psutil.STATUS_STOPPED)
     assert engines.answering() == [0]
     engines.signal(1, signal.SIGCONT)
     gathered = engines.gather("gathered")
@@ -59,7 +65,7 @@ with LocalEngines(2, timeout=90, environment={"REFDIST_TEST": "yes"}) as engines
 def run_program(profile, *inside):
     """What each of two engines gathered, when the program runs ``inside`` a command."""
     finished = subprocess.run(
-        [*inside, sys.executable, "-c", PROGRAM],
+        [*inside, sys.executable, "-c", PROGRAM, profile.parent / "sleeps"],
         env=os.environ | {PROFILE: str(profile), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
