@@ -80,6 +80,11 @@ class TestStored:
         assert "widgets" not in nbformat.read(path, as_version=4).metadata
         assert {kind for kind, _ in shown} <= {"image/png", "text/plain", "text/html"}
 
+    def test_pictures_have_a_text_for_those_who_do_not_see_them(self, path):
+        for cell in code_cells(path):
+            if any("image/png" in output.get("data", {}) for output in cell.outputs):
+                assert len(cell.metadata["mystnb"]["image"]["alt"]) > 40
+
     def test_stops_its_engines(self, path):
         sources = [cell.source for cell in code_cells(path)]
         if any("LocalEngines(" in source for source in sources):

@@ -60,6 +60,8 @@ class AllReduceTiming:
         """Bytes that each rank must send in a second, at least: 2 (n - 1) / n of the tensor.
 
         It can be compared with the speed of a link, for any number of ranks.
+
+        Source: nccl-tests, ``doc/PERFORMANCE.md``.
         """
         return self.algorithm_bandwidth * 2 * (self.world_size - 1) / self.world_size
 

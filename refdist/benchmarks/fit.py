@@ -16,6 +16,8 @@ class Line:
         beta: seconds that every byte takes: the inverse of a bandwidth.
         error: distance of the measured times from the line, as a part of the times: the root of
             the mean square.
+
+    Source: Hockney, "The communication challenge for MPP", 1994.
     """
 
     alpha: float

@@ -137,6 +137,8 @@ def explore(
     Raises:
         ValueError: an argument is out of its range, a schedule is longer than ``max_steps``, or
             the protocol does not depend only on the answers of its store.
+
+    Source: model checkers such as SPIN and TLC, which search all states of a model by breadth.
     """
     if not 1 <= check_integer("world_size", world_size) <= _MOST_RANKS:
         raise ValueError(f"world_size={world_size}: must be in 1..{_MOST_RANKS}")

@@ -69,6 +69,8 @@ class Shrinking(Splitting):
                 ``missing`` holds it. It may ask to be let in again: ``join``. Or too few came.
             StoreConnectionError: the store is lost, and no successor opened one in time.
             ValueError: the group speaks vLLM's protocol.
+
+        Source: ``MPIX_Comm_shrink`` of Open MPI, for its name.
         """
         self._check_own("shrink")
         if self._calls.kept.get("next") is None:

@@ -50,6 +50,8 @@ class NcclCommunicator:
         world_size: the number of ranks.
         device: the GPU of this rank, with its index.
         timeout: seconds for each call that names no other.
+
+    Source: vLLM's ``PyNcclCommunicator``, for names, signatures and the order of calls at creation.
     """
 
     rank: int

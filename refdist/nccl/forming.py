@@ -23,6 +23,8 @@ def new_unique_id_bytes() -> bytes:
 
     Raises:
         ImportError: nccl4py is not installed.
+
+    Source: ``ncclGetUniqueId`` of NCCL.
     """
     return bytes(load().get_unique_id())
 

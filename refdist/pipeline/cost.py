@@ -12,6 +12,8 @@ This is a model of a pipeline that serves a language model. Nothing in it is fit
   stages, and they share the cache. Sending activations is free.
 
 A real engine reaches only a part of the peaks. So ratios between partitions mean more than seconds.
+
+Source: Williams, Waterman and Patterson, "Roofline", 2009.
 """
 
 from collections.abc import Sequence

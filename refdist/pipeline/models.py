@@ -18,6 +18,8 @@ class GroupedQueryAttention:
         num_kv_heads: heads of keys and values.
         head_size: elements of a head.
         head_norms: whether queries and keys have a norm of their own.
+
+    Source: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models", 2023.
     """
 
     num_heads: int
@@ -52,6 +54,8 @@ class LatentAttention:
         nope_size: elements of a query or key without position.
         rope_size: elements of one with position; all heads share the key's.
         value_size: elements of a value.
+
+    Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1.
     """
 
     num_heads: int

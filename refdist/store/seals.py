@@ -1,11 +1,11 @@
 """Seals: tags on values in a store, by which ranks that share a secret know their own.
 
-A tag is the HMAC-SHA256 of a key of the store and of the value under it. The key of the HMAC comes
-from the secret and from random tokens of all ranks, which make one group unlike all others. So no
-process without the secret can make a tag; and a tag that was copied from another key or another
-group is wrong. A reader checks the tag in constant time before it uses anything in the value: a
-wrong value is neither unpickled nor parsed, and no memory is set aside for it. Only the roll of a
-barrier, where many ranks sign, is cut at the lengths in it to find the tags.
+A tag is the HMAC-SHA256 (RFC 2104) of a key of the store and of the value under it. The key of the
+HMAC comes from the secret and from random tokens of all ranks, which make one group unlike all
+others. So no process without the secret can make a tag; and a tag that was copied from another key
+or another group is wrong. A reader checks the tag in constant time before it uses anything in the
+value: a wrong value is neither unpickled nor parsed, and no memory is set aside for it. Only the
+roll of a barrier, where many ranks sign, is cut at the lengths in it to find the tags.
 
 Limits of tags
     Values are not encrypted: a process that can reach the store can read them all. It can also
