@@ -51,6 +51,9 @@ _ENDS = (  # what a protocol raises at its end, and not in its middle
     StoreConnectionError,
     UserCodeError,
 )
+FOLLOWED_BY = "shrink", "admit"
+"""The calls that return the group which follows one."""
+
 _set_handler, _get_handler = _signal.signal, _signal.getsignal
 _SIGINT = int(signal.SIGINT)
 _MAIN_THREAD = threading.main_thread().ident
@@ -63,7 +66,8 @@ class Calls:
         rank: of this process in the group.
         client: of the store; None as long as the group has none.
         closed: whether the group is closed on this rank.
-        kept: objects that were received and have not reached the caller yet, by their source.
+        kept: what has not reached the caller yet: objects that were received, by their source, and
+            the group that follows this one, by the name of the call.
     """
 
     def __init__(self, rank: int, client: StoreClient | None = None) -> None:
@@ -93,7 +97,7 @@ class Calls:
                 call. It stays if an interrupt keeps the caller from getting it.
 
         Raises:
-            ValueError: the group is closed.
+            ValueError: the group is closed, and nothing is kept for this call.
             ConcurrentCallError: another thread is in a call.
             StoreConnectionError: the store is lost. Or a call was torn before, or this process is
                 forked from the one that formed the group.
@@ -102,7 +106,7 @@ class Calls:
         call = _Call(what, deadline)  # from now on, SIGINT is held back
         try:
             # what was kept may still have to reach the caller
-            if (self.closed and kept is None) or os.getpid() != self._process:
+            if (self.closed and self.kept.get(kept) is None) or os.getpid() != self._process:
                 self._refuse(call)
             if self._present.setdefault("call", call) is not call:
                 self._take_turn(call)
@@ -154,10 +158,17 @@ class Calls:
             raise
         self.closed = True
 
+    def following(self) -> Any:
+        """Take the group that follows this one, if an interrupt kept it from the caller."""
+        kept = [self.kept.pop(name, None) for name in FOLLOWED_BY]
+        return kept[0] or kept[1]
+
     def check_open(self, what: str) -> None:
         """Raise ValueError if the group is closed."""
         if self.closed:
-            raise ValueError(f"{what}: this group is closed")
+            kept = [name for name in FOLLOWED_BY if self.kept.get(name)]
+            advice = f"; call {kept[0]} again for the one that follows it" if kept else ""
+            raise ValueError(f"{what}: this group is closed{advice}")
 
     def _refuse(self, call: "_Call") -> None:
         self.check_open(call.what)
@@ -182,9 +193,10 @@ class Calls:
                 )
 
     def _explained(self, error: DistError, call: "_Call") -> StoreConnectionError:
-        text = f"rank {self.rank} found in the store what no rank of refdist writes: {error}"
+        who = f"rank {self.rank}" if self.rank >= 0 else "this process"
+        text = f"{who} found in the store what no rank of refdist writes: {error}"
         if isinstance(error, DistNetworkError):
-            text = f"rank {self.rank} lost the store that rank 0 hosts: {error}"
+            text = f"{who} lost the store that rank 0 hosts: {error}"
             if self.client is not None and self.client.timed_out:
                 text = (
                     f"the store did not answer, although the {call.deadline.allowed:g} s were "

@@ -102,10 +102,10 @@ def no_meeting(*_):
     """The ranks do not meet those that they let in."""
 
 
-def told_at_once(connection, secret, really=asking.unanswered):
+def told_at_once(connection, seals, really=asking.unanswered):
     """Who asks has the answer before the ranks of the group have agreed."""
-    for ask in really(connection, secret):
-        plan = asking.Plan(2, 3, "", 1, "era/1/grown/0/", [None] * 3, ["00" * 16, ask.token])
+    for ask in really(connection, seals):
+        plan = asking.Plan(2, "", 1, "era/1/grown/0/", [None] * 3, ["00" * 16, ask.token], 300.0)
         connection.client.decide(keys.answer(ask.number), json.dumps(plan).encode())
         yield ask
 
@@ -115,13 +115,13 @@ def keeps_itself(group, deadline, really=admitting.Admitting._admit):
     try:
         return really(group, deadline)
     except GroupCreationError:
-        group._calls.kept["next"] = group
+        group._calls.kept["shrink"] = group
         raise
 
 
 def asks_again(group, deadline, really=admitting.Admitting._admit):
     """A rank that was interrupted at the end of admit forgets the new group."""
-    group._calls.kept.pop("next", None)
+    group._calls.kept.pop("admit", None)
     return really(group, deadline)
 
 

@@ -22,6 +22,7 @@ from refdist import (
     create_tcp_store,
     torch_versions,
 )
+from refdist.joining.asking import Plan
 from refdist.store import keys
 from refdist.store.listening import listen
 
@@ -45,6 +46,12 @@ def _ask(here, **options):
     return StatelessProcessGroup.join(*here.ask("place"), **options)
 
 
+def _plan(**changes):
+    """A plan of a group of two as a stranger may write it."""
+    plan = Plan(1, "", 1, "era/1/", [None, None], ["00", "11"], 300.0)._replace(**changes)
+    return json.dumps(plan).encode()
+
+
 def _until_asked(group, count):
     """Wait until so many processes have asked, and nobody has answered."""
     store = group._connection.client
@@ -52,10 +59,11 @@ def _until_asked(group, count):
 
 
 def _use(here, group):
-    """All ranks gather and exchange messages; they and the store are where each of them says."""
+    """All ranks gather and exchange messages. The store is the same for each of them."""
     back, there = (group.rank - 1) % group.world_size, (group.rank + 1) % group.world_size
     group.send_obj(here.rank, there)
-    found = group.all_gather_obj((here.rank, (group.successor, group.host, group.port)))
+    told = group.successor, group.host, group.port, group.store.timeout.total_seconds()
+    found = group.all_gather_obj((here.rank, told))
     members = [rank for rank, _ in found]
     assert len({place for _, place in found}) == 1
     assert members[group.rank] == here.rank and group.recv_obj(back) == members[back]
@@ -244,11 +252,15 @@ def _does_not_fit(here, of_group, own, text):
 
 
 def test_one_that_does_not_fit():
-    lacks = "the group on {where}: the %s has a secret, and the %s has none; give all the same"
+    lacks = "this process has %s, but rank 0 on {where} has %s; give all ranks the same"
     cases = [
-        ({"secret": SECRET}, {"secret": SECRET * 2}, "this process has another secret than the"),
-        ({"secret": SECRET}, {}, lacks % ("group", "process")),
-        ({}, {"secret": SECRET}, lacks % ("process", "group")),
+        (
+            {"secret": SECRET},
+            {"secret": SECRET * 2},
+            "this process has another secret than rank 0 on {where} (",
+        ),
+        ({"secret": SECRET}, {}, lacks % ("no secret", "one")),
+        ({}, {"secret": SECRET}, lacks % ("a secret", "none")),
     ]
     if torch_versions.store_features()[torch_versions.STORE_BARRIER]:
         cases.append(({}, {}, "the group on {where} does not let this process in: torch "))
@@ -271,7 +283,7 @@ def _another_secret_at_the_successor(here):
         return
     error = _error(lambda: _ask(here, secret=SECRET * 2, timeout=0.5))
     here.tell("told")
-    assert str(error).startswith("this process has another secret than the group on "), error
+    assert str(error).startswith("this process has another secret than rank 0 on "), error
 
 
 def test_another_secret_at_the_successor():
@@ -321,7 +333,8 @@ def test_the_group_ends():
 def _rubbish(here):
     if here.rank == 0:
         group = _member(here, 1)
-        rubbish = ["", "rubbish", "[1, 2]", '["token", 5, true]', '["token", ["host"], true]']
+        addresses = ["5", '["host"]', '["host", 1e999]', '["host", 70000]']
+        rubbish = ["", "rubbish", "[1, 2]", *(f'["token", {one}, true]' for one in addresses)]
         for number, text in enumerate(rubbish):
             group.store.set(keys.ask(number), text)
         group.store.add(keys.asked(), 600)  # of the others there is nothing
@@ -411,6 +424,9 @@ def _interrupted(here):
             with pytest.raises(KeyboardInterrupt):
                 group.admit(timeout=20)
             here.tell("interrupted")
+        else:
+            error = _error(lambda: group.admit(timeout=20))
+            assert isinstance(error, GroupCreationError) and error.missing == (1,)
         while group.world_size < 3:
             with suppress(GroupCreationError):
                 group = group.admit()
@@ -458,6 +474,68 @@ def _asks_and_is_interrupted(here):
 
 def test_one_that_asks_is_interrupted():
     assert run_ranks(_asks_and_is_interrupted, 3) == [[0, 1, 2]] * 3
+
+
+# It is interrupted when all have come to the meeting. The others have the new group, and learn in
+# its first barrier, at once, that it has left.
+
+
+def _is_let_in_and_interrupted(here):
+    if here.rank == 2:
+
+        def before(key):
+            if key.startswith("era/") and key.endswith("counter"):
+                for rank in range(2):
+                    here.ask(f"arrived {rank}")
+                interrupt(os.getpid())
+
+        _watch(before)
+        with pytest.raises(KeyboardInterrupt):
+            _ask(here)
+        return
+    group = _member(here, 2)
+    _until_asked(group, 1)
+    group.barrier()
+
+    def arrived(key):
+        if key.startswith("era/") and key.endswith("outcome"):
+            here.tell(f"arrived {here.rank}")
+
+    _watch(arrived)
+    group = group.admit(timeout=60)
+    assert group.world_size == 3
+    error = _error(lambda: group.barrier(timeout=60))
+    assert isinstance(error, BarrierError) and error.missing == (2,), error
+    assert "rank 2" in str(error) and "it left the group because of KeyboardInterrupt" in str(error)
+    here.tell(f"learned {here.rank}")
+    here.ask("learned 1")  # rank 0 has the store
+
+
+def test_one_that_was_let_in_is_interrupted():
+    run_ranks(_is_let_in_and_interrupted, 3)
+
+
+# It gives up just before rank 0 answers: rank 0 sees that, and nobody waits for it.
+
+
+def _gives_up_at_last(here):
+    if here.rank == 2:
+        assert isinstance(_error(lambda: _ask(here, timeout=0.5)), GroupCreationError)
+        here.tell("gave up")
+        return
+    group = _member(here, 2)
+    _until_asked(group, 1)
+    group.barrier()
+    if here.rank == 0:
+        _watch(lambda key: here.ask("gave up") if key == keys.answer(0) else None)
+    error = _error(lambda: group.admit(timeout=60))
+    assert isinstance(error, GroupCreationError) and error.missing == (2,), error
+    assert "a process that had asked has given up" in str(error)
+    group.close()
+
+
+def test_one_that_gives_up_at_last():
+    run_ranks(_gives_up_at_last, 3)
 
 
 # A process that was let in leaves, and the others shrink. It comes again, and then it is killed and
@@ -553,11 +631,12 @@ def test_the_hosts_are_killed():
         (b"[1, 2]", MessageError, r"the group on .* told '\[1, 2\]', which is no plan of a group"),
         (b"{}", MessageError, "which is no plan of a group"),
         (b"\xff", MessageError, "told 'None', which is no plan of a group"),
-        (
-            json.dumps([1, 2, "", 1, "era/1/", [None, None], ["00", "11"]]).encode(),
-            AuthenticationError,
-            "answer/0: is the answer to another ask",
+        (_plan(), AuthenticationError, "answer/0: is the answer to another ask"),
+        *(
+            (_plan(**wrong), MessageError, "which is no plan of a group")
+            for wrong in [{"rank": 2}, {"rank": -1}, {"tokens": ["00", 1]}, {"seconds": 0.0}]
         ),
+        (_plan(addresses=[None, ["host"]]), MessageError, r"\['host'\].{1,2}is no address"),
     ],
 )
 def test_a_strangers_answer(answer, error, text):
@@ -565,3 +644,74 @@ def test_a_strangers_answer(answer, error, text):
     store.set(keys.answer(0), answer)
     with pytest.raises(error, match=text):
         StatelessProcessGroup.join(LOCAL, store.port, timeout=20)
+
+
+# One that is told again and again to ask once more ends in time.
+
+
+def test_asking_again_ends_in_time():
+    store = create_tcp_store(LOCAL, 0, is_master=True)
+    again = json.dumps("rank 0 could not read who asks")
+    for number in range(50000):
+        store.set(keys.answer(number), again)
+    with pytest.raises(GroupCreationError, match="in: rank 0 could not read who asks"):
+        StatelessProcessGroup.join(LOCAL, store.port, timeout=0.1)
+    assert 0 < store.add(keys.asked(), 0) < 50000
+
+
+# What asked an earlier group, of the same secret, is passed over.
+
+
+def test_an_ask_of_an_earlier_group():
+    def group():
+        return StatelessProcessGroup.create(LOCAL, 0, 0, 1, secret=SECRET)
+
+    with group() as earlier:
+        with pytest.raises(GroupCreationError, match="do all its ranks call admit"):
+            StatelessProcessGroup.join(LOCAL, earlier.port, timeout=0.1, secret=SECRET)
+        asked = earlier.store.get(keys.ask(0))
+    with group() as later:
+        later.store.set(keys.ask(0), asked)
+        later.store.add(keys.asked(), 1)
+        assert later.admit() is later
+
+
+# With a secret, someone without it writes over the outcome of the meeting before rank 1 has read
+# it. Rank 1 cannot know how it ended, so its group is closed, and it forms none with others.
+
+
+def _forged_outcome(here):
+    if here.rank == 2:
+        group = _ask(here, secret=SECRET)
+        here.tell("admitted 2")
+    else:
+        group = _member(here, 2, secret=SECRET)
+        _until_asked(group, 1)
+        store = create_tcp_store(LOCAL, group.port)
+
+        def before(key):
+            if key.startswith("era/") and key.endswith("outcome") and not here.told("forged"):
+                here.ask("admitted 0")
+                here.ask("admitted 2")
+                store.set(key, "forged")
+                here.tell("forged")
+
+        if here.rank == 1:
+            _watch(before)
+            error = _error(lambda: group.admit(timeout=20))
+            assert isinstance(error, BarrierError) and error.missing == (), error
+            assert str(_error(group.shrink)) == "shrink: this group is closed"
+            return None
+        group = group.admit(timeout=20)
+        here.tell("admitted 0")
+    here.ask("forged")
+    error = _error(lambda: group.barrier(timeout=0.3))
+    assert isinstance(error, BarrierError) and error.missing == (1,), error
+    group = group.shrink(TIMEOUT)
+    found = _use(here, group)
+    group.close()
+    return found
+
+
+def test_a_stranger_forges_the_outcome():
+    assert run_ranks(_forged_outcome, 3) == [[0, 2], None, [0, 2]]

@@ -150,7 +150,8 @@ class Process:
         try:
             self.new = self.interrupted(self.old, lambda group: group.admit(1.0), turn)
         except InterruptError:
-            return self.shrink()
+            # if the new group had formed, this one is closed
+            return self.admit() if self.old._calls.closed else self.shrink()
         return self.new.numbers
 
     def ask(self):
@@ -255,7 +256,10 @@ def meets(store, rank, world_size):
 
     def shrink():
         deadline = Deadline(1.0)
-        return tuple(shrinking.meet(client, rank, list(range(world_size)), 0, NO_SEALS, deadline))
+        here = shrinking.meet(client, rank, list(range(world_size)), 0, NO_SEALS, deadline)
+        if rank not in here:
+            raise GroupCreationError("left out", [rank])
+        return tuple(here)
 
     return {"shrink": shrink}
 

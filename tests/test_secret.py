@@ -640,11 +640,11 @@ def _come_with(here, secrets):
 @pytest.mark.parametrize(
     ("secrets", "stranger", "message"),
     [
-        (["a", "a", "b"], [2], "rank 2 has another secret than rank 0 .*member/0: .*wrong"),
-        (["a", "a", None], [2], "rank 2 has no secret, but rank 0 has one"),
-        ([None, None, "a"], [2], "rank 2 has a secret, but rank 0 has none"),
+        (["a", "a", "b"], [2], "rank 2 has another secret than rank 0 on .*member/0: .*wrong"),
+        (["a", "a", None], [2], "rank 2 has no secret, but rank 0 on .* has one"),
+        ([None, None, "a"], [2], "rank 2 has a secret, but rank 0 on .* has none"),
         (["a", "b", "b"], [1, 2], r"rank \d has another secret than rank 0"),
-        ([None, "b"], [1], "rank 1 has a secret, but rank 0 has none"),
+        ([None, "b"], [1], "rank 1 has a secret, but rank 0 on .* has none"),
     ],
 )
 def test_another_secret(secrets, stranger, message):

@@ -3,12 +3,15 @@
 Ranks are processes. Most of their time they wait, so several groups of them run side by side.
 """
 
+import gc
 import os
+import resource
 import signal
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 
 import psutil
@@ -22,6 +25,7 @@ from refdist import (
     StatelessProcessGroup,
     StoreConnectionError,
     create_tcp_store,
+    torch_versions,
 )
 from refdist.store.client import StoreClient
 
@@ -100,6 +104,7 @@ def _goes_on(here, victims, host, options):
     place, successor = (group.host, group.port), group.successor
     group.send_obj("of the old group", (here.rank + 1) % here.world_size)
     group.barrier()
+    group.events = []
     if here.rank in victims:
         _die()
     if victims:
@@ -111,6 +116,7 @@ def _goes_on(here, victims, host, options):
     new.barrier()
     new.send_obj("of the new group", there)
     found = new.all_gather_obj(here.rank), new.recv_obj(back)
+    assert new.events is group.events and new.events[-1].generation == 1
     assert new.rank == found[0].index(here.rank) and new.generation == 2
     assert (new.socket is not None) == (new.rank == 0)
     places = place, successor, (new.host, new.port), new.successor
@@ -363,6 +369,16 @@ def test_again_and_again():
 # A part shrinks like any group, and the whole has nothing to do with it. Later, the whole shrinks.
 
 
+def _keys_of_parts(group):
+    """The keys of parts, while no rank uses the store."""
+    group.barrier()
+    listed = (
+        torch_versions.tcp_store_of(group.store).list_keys() if torch_versions.lists_keys() else []
+    )
+    group.barrier()
+    return {key for key in listed if "part/" in key}
+
+
 def _shrinks_a_part(here):
     group = here.group(secret=SECRET)
     part = group.split(None if here.rank == 1 else 0)
@@ -383,6 +399,12 @@ def _shrinks_a_part(here):
         part.barrier()
         part.close()
     found = found, whole.all_gather_obj(here.rank)
+    # a part of a group that lost ranks has lost none itself: nothing of it is left
+    kept = _keys_of_parts(whole)
+    another = whole.split(0).shrink(timeout=20)
+    another.barrier()
+    another.close()
+    assert _keys_of_parts(whole) == kept
     whole.close()
     return found
 
@@ -420,6 +442,11 @@ def _interrupted(here, moment):
             interrupt(process)
             here.tell("sent")
         here.ask("interrupted")
+    if here.rank == 1 and moment == "late":
+        with pytest.raises(
+            ValueError, match=r"^admit: this group is closed; call shrink again for"
+        ):
+            group.admit()
     new = group.shrink(timeout=20) if moment == "early" or here.rank != 2 else new
     found = new.all_gather_obj(here.rank)
     new.close()
@@ -433,6 +460,99 @@ def _check_interrupted(case, results):
 def test_an_interrupt():
     cases = [(3, (moment,), ()) for moment in ("early", "late")]
     _run_all(_interrupted, _check_interrupted, cases)
+
+
+# A rank that is interrupted when the others have got the new group closes the old one: then it has
+# left both, and the others learn it. If it is rank 0, its port is free.
+
+
+def _leaves_both(here, victim, how):
+    group = here.group()
+    place = group.host, group.port
+    if here.rank == victim:
+
+        def before(key):
+            if key.startswith("meeting/") and key.endswith("outcome") and not here.told("waits"):
+                here.tell("waits")
+                here.ask("shrunk")
+                interrupt(os.getpid())
+
+        _watch(before)
+        with pytest.raises(KeyboardInterrupt), group if how == "with" else nullcontext():
+            group.shrink(timeout=60)
+        if how == "end":
+            group.end()
+        if victim == 0:
+            with socket.socket() as probe:
+                assert probe.connect_ex(place) != 0
+        here.tell("left")
+        return
+    here.ask("waits")
+    new = group.shrink(timeout=60)
+    here.tell("shrunk")
+    error = _error(lambda: new.barrier(timeout=60))
+    if victim == 0:
+        assert isinstance(error, StoreConnectionError | BarrierError), error
+    elif how == "with":
+        assert isinstance(error, BarrierError) and "because of KeyboardInterrupt" in str(error)
+    here.ask("left")
+
+
+def test_an_interrupted_rank_leaves_both_groups():
+    cases = [(2, (0, "with"), ()), (2, (0, "end"), ()), (2, (1, "with"), ())]
+    _run_all(_leaves_both, lambda *_: None, cases)
+
+
+# Rank 0 comes late, and asks the others, whose store it serves, to let it in. It need not keep the
+# old group for that. When it closes that, the store ends.
+
+
+def _the_host_comes_again(here):
+    group = here.group()
+    if here.rank == 0:
+        here.ask("shrunk")
+        error = _error(lambda: group.shrink(timeout=2))
+        assert isinstance(error, GroupCreationError) and error.missing == (0,)
+        group = StatelessProcessGroup.join(group.host, group.port, timeout=20)
+        gc.collect()
+    else:
+        group = group.shrink(TIMEOUT)
+        here.tell("shrunk")
+        while group.world_size < 3:
+            group = group.admit()
+    found = group.all_gather_obj(here.rank)
+    group.close()
+    return found
+
+
+def test_the_host_comes_again():
+    assert run_ranks(_the_host_comes_again, 3) == [[1, 2, 0]] * 3
+
+
+# Where the system refuses a socket for the way to the successor, the call ends with an error, and
+# the next one goes on.
+
+
+def _too_many_files(here):
+    group = here.group()
+    here.meet("formed")
+    if here.rank == 0:
+        _die()
+    assert isinstance(_error(lambda: group.barrier(timeout=20)), StoreConnectionError)
+    if here.rank == 2:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        error = _error(lambda: group.shrink(timeout=20))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert isinstance(error, StoreConnectionError) and "Too many open files" in str(error)
+    new = group.shrink(timeout=20)
+    found = new.all_gather_obj(here.rank)
+    new.close()
+    return found
+
+
+def test_too_many_open_files():
+    assert run_ranks(_too_many_files, 3, killed=[0]) == [None, [1, 2], [1, 2]]
 
 
 # Rank 0 is stopped, and the others give up its store and go on at the successor. When it goes on,

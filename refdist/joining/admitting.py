@@ -8,15 +8,22 @@ else the old one goes on. What was sent to an earlier life of a process belongs 
 
 import json
 import os
+from contextlib import suppress
 from datetime import timedelta
 from typing import Self
 
 from refdist.calls import Calls
 from refdist.checks import check_seconds
 from refdist.deadline import Deadline
-from refdist.errors import BarrierError, GroupCreationError, name_ranks
-from refdist.joining.asking import Plan, answer, ask, unanswered
+from refdist.errors import (
+    AuthenticationError,
+    BarrierError,
+    GroupCreationError,
+    name_ranks,
+)
+from refdist.joining.asking import Plan, answer, ask, seals_of_asks, unanswered
 from refdist.joining.connection import Connection
+from refdist.joining.realigning import break_off
 from refdist.joining.rendezvous import Joined
 from refdist.joining.shrinking import Shrinking
 from refdist.joining.splitting import made
@@ -24,7 +31,7 @@ from refdist.objects.encoding import loads_of
 from refdist.store import keys
 from refdist.store.client import StoreClient
 from refdist.store.listening import connect
-from refdist.store.seals import secret_from
+from refdist.store.seals import NO_SEALS, secret_from
 
 
 class Admitting(Shrinking):
@@ -46,7 +53,7 @@ class Admitting(Shrinking):
         Args:
             host: of the group's store, which the group has as attributes ``host`` and ``port``.
             port: of the group's store.
-            timeout: seconds to wait, for all.
+            timeout: seconds for the whole call.
             data_expiration_seconds: as in ``create``.
             secret: that of the group; None for REFDIST_SECRET of the environment.
             messages: as in ``create``.
@@ -74,11 +81,17 @@ class Admitting(Shrinking):
             )
             calls.client = StoreClient(store)
             calls.client.limit(deadline.remaining())
-            return ask(Connection(calls.client), f"{host}:{port}", known, deadline)
+            joined = ask(Connection(calls.client), f"{host}:{port}", known, deadline)
+            calls.kept["join"] = joined
+            return joined
 
         try:
-            joined = calls.run("join", deadline, run)
-        except BaseException:
+            joined = calls.run("join", deadline, run, kept="join")
+        except BaseException as error:
+            if "join" in calls.kept:  # the others count on this process
+                barrier = calls.kept["join"].barrier
+                why = f"it left the group because of {type(error).__name__}"
+                break_off(barrier, why, [barrier.rank])
             if calls.client is not None:
                 calls.client.close()
             raise
@@ -98,32 +111,38 @@ class Admitting(Shrinking):
         Returns:
             The new group; or this one, if nobody asks.
 
+        An interrupt ends it early. If the new group had formed by then, this one is closed, and the
+        next call returns the new one. If nobody had asked, it is as for ``barrier``: ``generation``
+        tells whether it took place.
+
         Raises:
-            BarrierError: a rank of this group did not call it in time, as ``barrier``.
+            BarrierError: a rank of this group did not call it in time, as ``barrier``. Or nobody is
+                ``missing``: a stranger interfered, and this group is closed on this rank, which
+                cannot know whether the others have the new one.
             MessageError: a rank called something else meanwhile.
             GroupCreationError: one that had asked did not come, or a rank has died meanwhile, or
-                was interrupted; ``missing`` has its rank in the new group. This one goes on as it
-                was.
+                was interrupted; ``missing`` has its rank in the new group. If the time of one that
+                asked runs out first, ``missing`` are all that had not come by then. This group
+                goes on as it was.
             ValueError: the group speaks vLLM's protocol, or was split off another.
         """
         self._check_own("admit")
-        if self._calls.kept.get("next") is None:
-            self._calls.check_open("admit")
-            if self._connection.root is not self._barrier:
-                raise ValueError("admit: this group was split off another; call it on that one")
+        if not self._calls.closed and self._connection.root is not self._barrier:
+            raise ValueError("admit: this group was split off another; call it on that one")
         deadline = Deadline(timeout)
-        return self._calls.run("admit", deadline, self._admit, deadline, kept="next")
+        return self._calls.run("admit", deadline, self._admit, deadline, kept="admit")
 
     def _admit(self, deadline: Deadline) -> Self:
-        """The group that follows, or this one. An interrupt leaves it to the next call."""
+        """The group that follows, or this one. An interrupt leaves the first to the next call."""
         kept = self._calls.kept
-        if kept.setdefault("next") is None:
+        kept["admit"] = kept.get("admit")  # the end of the call deletes it
+        if kept["admit"] is None:
             plan = self._planned(deadline)
-            if plan is not None:
-                kept["next"] = self._grown(plan, deadline)
-        if kept["next"] is not None:
-            self.end()
-        group: Self = kept["next"] or self
+            if plan is None:
+                return self
+            kept["admit"] = self._grown(plan, deadline)
+        self._end()
+        group: Self = kept["admit"]
         return group
 
     def _planned(self, deadline: Deadline) -> Plan | None:
@@ -131,29 +150,40 @@ class Admitting(Shrinking):
 
         Those that have asked are told behind it: if it breaks, nobody comes to meet them.
         """
-        barrier, joined = self._barrier, self._joined
+        barrier, joined, client = self._barrier, self._joined, self._connection.client
         generation, told = barrier.generation, b"null"
-        asks = list(unanswered(self._connection, joined.secret)) if self.rank == 0 else []
+        seals, asks = NO_SEALS, []
+        if self.rank == 0:
+            with suppress(AuthenticationError):  # a stranger wrote over what rank 0 has told
+                seals = seals_of_asks(client, joined.secret)
+                asks = list(unanswered(self._connection, seals))
         if asks:
+            addresses = joined.addresses or [None] * self.world_size
             mine = Plan(
-                0, self.world_size + len(asks), joined.place, joined.era + 1,
+                0, joined.place, joined.era + 1,
                 keys.era(joined.place, joined.era + 1, f"grown/{generation}"),
-                [*(joined.addresses or [None] * self.world_size), *(one.address for one in asks)],
+                [*addresses, *(one.address for one in asks)],
                 [os.urandom(16).hex(), *(one.token for one in asks)],
+                self.store.timeout.total_seconds(),  # type: ignore[attr-defined]
             )  # fmt: skip
             told = json.dumps(mine).encode()
         try:
             told = barrier.gather(told, deadline)[0]
         except BarrierError as error:
-            if not error.completed or not asks:
-                raise  # else the others have gone on to the next barrier
+            # completed: the others have the plan and will meet, so rank 0 must, too
+            if not (error.completed and asks):
+                raise
         if told == b"null":
             return None
         who = f"gather {generation}: did rank 0 call something else than admit? It"
-        plan = Plan.parse(told, who)
-        for rank, asked in enumerate(asks, self.world_size):
-            # one that has given up meanwhile will be missed
-            answer(self._connection.client, asked.number, plan._replace(rank=rank), joined.secret)
+        plan = Plan.parse(told, who)._replace(rank=self.rank)
+        gone = [
+            rank for rank, asked in enumerate(asks, self.world_size)
+            if not answer(client, asked.number, plan._replace(rank=rank), seals)
+        ]  # fmt: skip
+        if gone:
+            why = "a process that had asked has given up"
+            break_off(plan.meeting(client, joined.secret), why, gone)
         return plan
 
     def _grown(self, plan: Plan, deadline: Deadline) -> Self:
@@ -161,12 +191,15 @@ class Admitting(Shrinking):
         connection, secret = self._connection, self._joined.secret
         deadline.restart()
         try:
-            plan.meet(connection.client, self.rank, secret, deadline)
+            plan.meet(connection.client, secret, deadline)
         except BarrierError as error:
+            if not error.missing:
+                self._end()
+                raise
             raise GroupCreationError(
                 f"nobody was let in, and the group goes on as it was: of the {plan.world_size} "
                 f"ranks of the new one, {name_ranks(error.missing)} did not come ({error})",
                 error.missing,
             ) from error
-        barrier = plan.barrier(connection.client, self.rank, secret)
-        return self._followed_by(barrier, connection=connection, addresses=plan.reserved())
+        barrier = plan.barrier(connection.client, secret)
+        return self._followed_by(barrier, connection, tuple(plan.addresses), self._joined.left_out)

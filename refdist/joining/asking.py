@@ -1,15 +1,18 @@
 """What a process that asks to be let in and rank 0 of the group write for each other.
 
 Each ask has a number. The process counts itself, and writes a random token, the address that it has
-reserved, and whether its torch has ``Store.barrier``. Rank 0 answers once: with the plan of the new
-group, with why it does not let the process in, or that it is to ask again. The process gives up by
-answering itself, and the first answer holds. All that come meet then, and are the new group if
-nobody is missing.
+reserved, and whether its torch has ``Store.barrier``. Rank 0 answers once: the answer is the plan
+of the new group, or a reason to refuse, or "ask again". A process that gives up answers itself, and
+the first answer holds. All that have the plan meet then, and are the new group if all come.
+
+With a secret, asks and answers carry tags. These depend on a random text of rank 0, so that those
+of an earlier group are refused. The count of asks has none: a stranger who spoils it shuts all out.
 """
 
 import json
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,6 +20,7 @@ import torch
 from refdist.barrier import barrier_of
 from refdist.barrier.plain import Barrier
 from refdist.calls import Calls
+from refdist.checks import MOST_SECONDS
 from refdist.deadline import CancelledWaitError, Deadline
 from refdist.errors import (
     AuthenticationError,
@@ -24,15 +28,15 @@ from refdist.errors import (
     GroupCreationError,
     MessageError,
 )
-from refdist.joining.connection import Address, Connection
-from refdist.joining.membership import GONE
+from refdist.joining.connection import Address, Connection, address_of
+from refdist.joining.membership import seals_of_members, unseal_rank_0
 from refdist.joining.realigning import break_off
 from refdist.joining.rendezvous import Joined
 from refdist.joining.shrinking import Meeting
 from refdist.joining.wires import OWN
 from refdist.store import keys
 from refdist.store.client import StoreClient
-from refdist.store.seals import NO_SEALS, NoSeals, Seals, is_sealed
+from refdist.store.seals import NO_SEALS, NoSeals, Seals
 
 _GIVEN_UP = "it had given up"
 _ASK_AGAIN = "rank 0 could not read who asks"
@@ -52,21 +56,21 @@ class Plan(NamedTuple):
 
     Attributes:
         rank: of the one that is told.
-        world_size: of the new group.
         place: what the keys of its first era begin with.
         era: of the new group.
         prefix: what its keys begin with.
-        addresses: that its ranks have reserved.
-        tokens: from which, and from the secret, its seals come.
+        addresses: that its ranks have reserved, in rank order.
+        tokens: one of each of its ranks, or more: its seals come from them, and from the secret.
+        seconds: that the store waits, where a call names no others.
     """
 
     rank: int
-    world_size: int
     place: str
     era: int
     prefix: str
-    addresses: list[Any]
+    addresses: list[Address | None]
     tokens: list[str]
+    seconds: float
 
     @classmethod
     def parse(cls, text: bytes, who: str) -> Self:
@@ -75,77 +79,91 @@ class Plan(NamedTuple):
         Raises:
             MessageError: it is none.
         """
-        told, kinds = _loaded(text), [int, int, str, int, str, list, list]
-        if not isinstance(told, list) or list(map(type, told)) != kinds:
-            raise MessageError(f"{who} told {str(told)[:40]!r}, which is no plan of a group")
-        return cls(*told)
+        told, kinds = _loaded(text), [int, str, int, str, list, list, float]
+        if isinstance(told, list) and list(map(type, told)) == kinds:
+            plan = cls(*told)
+            fits = 0 <= plan.rank < plan.world_size and 0 < plan.seconds < MOST_SECONDS
+            if fits and all(isinstance(token, str) for token in plan.tokens):
+                return plan._replace(addresses=list(map(address_of, plan.addresses)))
+        raise MessageError(f"{who} told {str(told)[:40]!r}, which is no plan of a group")
 
-    def barrier(self, client: StoreClient, rank: int, secret: bytes | None) -> Barrier:
+    @property
+    def world_size(self) -> int:
+        """Of the new group."""
+        return len(self.addresses)
+
+    def seals(self, secret: bytes | None) -> NoSeals:
+        """The seals of the new group."""
+        return _seals(secret, "grown", *map(str.encode, self.tokens))
+
+    def barrier(self, client: StoreClient, secret: bytes | None) -> Barrier:
         """The barrier of the new group."""
-        barrier = barrier_of(client.at(self.prefix), rank, self.world_size)
-        barrier.seals = _seals(secret, "grown", *self.tokens)
+        barrier = barrier_of(client.at(self.prefix), self.rank, self.world_size)
+        barrier.seals = self.seals(secret)
         return barrier
 
-    def meet(
-        self, client: StoreClient, rank: int, secret: bytes | None, deadline: Deadline
-    ) -> None:
+    def meeting(self, client: StoreClient, secret: bytes | None) -> Meeting:
+        """The barrier at which all of them meet before there is a group."""
+        place = keys.meeting(self.prefix, self.era, 0)
+        seals = self.seals(secret).below(place)
+        return Meeting(client.at(place), self.rank, self.world_size, seals)
+
+    def meet(self, client: StoreClient, secret: bytes | None, deadline: Deadline) -> None:
         """Wait until all have come. If one is interrupted, nobody is let in.
 
         Raises:
             BarrierError: on every rank, when one did not come in time.
             CancelledWaitError: on one that is interrupted before all have come.
         """
-        place = keys.meeting(self.prefix, self.era, 0)
-        seals = _seals(secret, "grown", *self.tokens).below(place)
-        meeting = Meeting(client.at(place), rank, self.world_size, seals)
+        meeting = self.meeting(client, secret)
         try:
             deadline.check()
             meeting.wait(deadline)
         except CancelledWaitError as error:
-            break_off(meeting, f"of {error}")  # it comes to another one, if at all
+            break_off(meeting, f"of {error}", [self.rank])  # it comes to another one, if at all
             raise
-
-    def reserved(self) -> tuple[Address | None, ...]:
-        """The addresses, as a group has them."""
-        return tuple(one and (str(one[0]), int(one[1])) for one in self.addresses)
 
 
 def ask(connection: Connection, where: str, secret: bytes | None, deadline: Deadline) -> Joined:
     """Ask until this process is let in. See ``Admitting.join``."""
     client = connection.client
-    _check_secret(client, where, secret)
+    try:
+        seals = seals_of_asks(client, secret, where)
+    except AuthenticationError as error:
+        raise GroupCreationError(f"this process {error}") from error
     while True:
         number = client.add(keys.asked(), 1) - 1
         about_me = [os.urandom(16).hex(), connection.reserve(), client.has_barrier]
         key = keys.ask(number)
-        client.set(key, _seals(secret, "ask").seal(key, json.dumps(about_me).encode()))
-        plan = _answer(client, number, where, secret, deadline)
+        client.set(key, seals.seal(key, json.dumps(about_me).encode()))
+        plan = _answer(client, number, where, seals, deadline)
         if plan is None:
             continue
         if about_me[0] not in plan.tokens:
             # else someone without the secret could play an earlier admission again
             raise AuthenticationError(f"{keys.answer(number)}: is the answer to another ask")
         try:
-            plan.meet(client, plan.rank, secret, deadline)
+            plan.meet(client, secret, deadline)
             break
         except BarrierError as error:
             if deadline.remaining() == 0:
                 raise GroupCreationError(
                     f"the group on {where} let this process in, but {error}", error.missing
                 ) from error
-    connection.root = barrier = plan.barrier(client, plan.rank, secret)
-    calls = Calls(barrier.rank, barrier.store)
-    return Joined(OWN, barrier, calls, connection, secret, plan.reserved(), plan.place, plan.era)
+    client.store.set_timeout(timedelta(seconds=plan.seconds))
+    connection.root = barrier = plan.barrier(client, secret)
+    addresses, calls = tuple(plan.addresses), Calls(barrier.rank, barrier.store)
+    return Joined(OWN, barrier, calls, connection, secret, addresses, plan.place, plan.era)
 
 
 def _answer(
-    client: StoreClient, number: int, where: str, secret: bytes | None, deadline: Deadline
+    client: StoreClient, number: int, where: str, seals: NoSeals, deadline: Deadline
 ) -> Plan | None:
     """Wait for the answer to an ask, which is None if it has to be made again.
 
     Takes the ask back if none comes. An interrupt that is late for that is left to the meeting.
     """
-    key, seals = keys.answer(number), _seals(secret, "answer")
+    key = keys.answer(number)
     given_up = seals.seal(key, json.dumps(_GIVEN_UP).encode())
     try:
         sealed = client.wait_for_value(key, deadline) or client.decide(key, given_up)
@@ -160,68 +178,62 @@ def _answer(
         )
     told = seals.unseal(key, sealed)
     why = _loaded(told)
-    if why == _ASK_AGAIN:
+    if why == _ASK_AGAIN and deadline.remaining() > 0:
         return None
     if isinstance(why, str):
         raise GroupCreationError(f"the group on {where} does not let this process in: {why}")
     return Plan.parse(told, f"the group on {where}")
 
 
-def unanswered(connection: Connection, secret: bytes | None) -> Iterator[Ask]:
+def unanswered(connection: Connection, seals: NoSeals) -> Iterator[Ask]:
     """The asks that have no answer.
 
     One of a torch that does not fit gets its answer here; and one that cannot be read, because a
     process has died before it wrote it, or a stranger did. So they are not looked at again.
     """
-    client, seals = connection.client, _seals(secret, "ask")
-    first = connection.answered
+    client, first = connection.client, connection.answered
     for number in range(first, min(client.add(keys.asked(), 0), first + _MOST)):
         key = keys.ask(number)
         if client.check([keys.answer(number)]):
-            connection.answered += number == connection.answered
+            if number == connection.answered:
+                connection.answered += 1
             continue
         try:
-            written = seals.unseal(key, client.peek(key) or b"")
-            token, address, has_barrier = json.loads(written)
-            address = address and (str(address[0]), int(address[1]))
-        except (AuthenticationError, ValueError, TypeError, LookupError, RecursionError):
+            match json.loads(seals.unseal(key, client.peek(key) or b"")):
+                case [str(token), address, bool(has_barrier)]:
+                    asked = Ask(number, token, address_of(address))
+                case _:
+                    raise MessageError("no ask")
+        except (AuthenticationError, MessageError, ValueError, RecursionError):
             why = _ASK_AGAIN
         else:
             if has_barrier is client.has_barrier:
-                yield Ask(number, str(token), address)
+                yield asked
                 continue
             why = f"torch {torch.__version__} here and its own do not both have Store.barrier"
-        answer(client, number, why, secret)
+        answer(client, number, why, seals)
 
 
-def answer(client: StoreClient, number: int, told: Plan | str, secret: bytes | None) -> None:
-    """Answer an ask, unless the process has given up."""
+def answer(client: StoreClient, number: int, told: Plan | str, seals: NoSeals) -> bool:
+    """Answer an ask. Whether the process had not given up."""
     key = keys.answer(number)
-    client.decide(key, _seals(secret, "answer").seal(key, json.dumps(told).encode()))
+    sealed = seals.seal(key, json.dumps(told).encode())
+    return client.decide(key, sealed) == sealed
 
 
-def _check_secret(client: StoreClient, where: str, secret: bytes | None) -> None:
-    """Raise GroupCreationError if rank 0 has told the store of another secret."""
-    key = keys.member(0)
-    written = client.peek(key)
-    if written is None or written == GONE:
-        return
-    if is_sealed(written) != (secret is not None):
-        has, lacks = ("group", "process") if secret is None else ("process", "group")
-        raise GroupCreationError(
-            f"the group on {where}: the {has} has a secret, and the {lacks} has none; give all the "
-            f"same"
-        )
-    try:
-        _seals(secret, "member").unseal(key, written)
-    except AuthenticationError as error:
-        raise GroupCreationError(
-            f"this process has another secret than the group on {where} ({error})"
-        ) from error
+def seals_of_asks(client: StoreClient, secret: bytes | None, where: str = "") -> NoSeals:
+    """The seals of asks and answers.
+
+    Raises:
+        AuthenticationError: rank 0 has told the store of another secret.
+    """
+    written = client.peek(keys.member(0))
+    about_rank_0 = written and unseal_rank_0(written, seals_of_members(secret), where)
+    return _seals(secret, "ask", about_rank_0 or b"")
 
 
-def _seals(secret: bytes | None, purpose: str, *context: str) -> NoSeals:
-    return NO_SEALS if secret is None else Seals(secret, purpose, *map(str.encode, context))
+def _seals(secret: bytes | None, purpose: str, *context: bytes) -> NoSeals:
+    return NO_SEALS if secret is None else Seals(secret, purpose, *context)
 
 
 def _loaded(text: bytes) -> Any:

@@ -9,11 +9,28 @@ import socket
 import weakref
 from typing import Any
 
+from refdist.errors import MessageError
 from refdist.store.client import StoreClient
 from refdist.store.listening import close_quietly, reserve
 from refdist.store.sockets import numeric
 
 Address = tuple[str, int]
+
+_hosts: list["Connection"] = []  # that others go on with, until this process ends
+
+
+def address_of(told: Any) -> Address | None:
+    """The address that another process has told, or None.
+
+    Raises:
+        MessageError: it is none.
+    """
+    match told:
+        case None:
+            return None
+        case [str(host), int(port)] if 0 < port < 65536:
+            return host, port
+    raise MessageError(f"{str(told)[:40]!r} is no address")
 
 
 class Connection:
@@ -21,12 +38,12 @@ class Connection:
 
     Attributes:
         client: of the store.
-        root: the barrier of the group that the others come from; of the present one, once the first
-            has shrunk or grown.
+        root: the barrier of the group whose ranks say when they leave the store: the first, and
+            then each that follows it; never that of a part.
         open: the groups that have not ended.
         listener: the socket that the store listens on, if it is served here.
         reserved: a socket for a store that may have to be opened here.
-        answered: how many of the first processes that asked to be let in have an answer.
+        answered: a number of asks; the first so many have an answer.
         release: closes the sockets of this connection.
     """
 
@@ -68,6 +85,11 @@ class Connection:
             other._sockets.remove(reserved)
             self._sockets.append(reserved)
         self.listener, self.reserved = (reserved, None) if serves else (None, reserved)
+
+    def stay(self) -> None:
+        """Serve the others also without a group of this process: nothing tells when they end."""
+        if self.listener is not None:
+            _hosts.append(self)
 
     def end(self) -> None:
         """End every group, and with them the store, if it is served here."""

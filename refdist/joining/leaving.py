@@ -4,7 +4,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from torch.distributed import DistError, Store
+from torch.distributed import DistError, DistNetworkError, Store
 
 from refdist.barrier.plain import Barrier
 from refdist.calls import Calls
@@ -35,6 +35,9 @@ class Leaving:
         the last of all groups on the store is the one that leaves. A group that is not closed ends
         with its process, or when nothing refers to it. Closing again does nothing.
 
+        If an interrupt has ended ``shrink`` or ``admit`` after the others got the new group, that
+        one is closed too.
+
         Args:
             timeout: seconds that rank 0 waits; 0 to leave at once.
 
@@ -46,6 +49,8 @@ class Leaving:
 
     def _close(self, timeout: float, reason: str | None) -> None:
         """Leave. With a reason, the others learn it if they wait in a barrier."""
+        if following := self._calls.following():
+            following._close(timeout, reason)
 
         def leave(deadline: Deadline) -> None:
             barrier, connection = self._barrier, self._connection
@@ -64,13 +69,18 @@ class Leaving:
             self._calls.close("close", timeout, leave)
         finally:
             if self._calls.closed:
-                self.end()
+                self._end()
 
     def end(self) -> None:
         """End the group on this rank at once.
 
         With the last group on a store, the store ends; on rank 0, also for the others.
         """
+        if following := self._calls.following():
+            following.end()
+        self._end()
+
+    def _end(self) -> None:
         # an error that is kept, as a notebook does, keeps the group, but the store must end
         self._calls.closed = True
         if hasattr(self, "store"):
@@ -125,9 +135,14 @@ def leave(barrier: Barrier, reason: str | None, deadline: Deadline) -> None:
             if store.add(keys.gone(), 1) == world_size - 1:
                 store.set(keys.all_gone(), "")
         return
-    if world_size == 1 or deadline.allowed == 0 or store.wait([keys.all_gone()], deadline):
+    if world_size == 1 or deadline.allowed == 0:
         return
-    missing = [r for r in range(1, world_size) if store.peek(keys.member(r)) != GONE]
+    try:
+        if store.wait([keys.all_gone()], deadline):
+            return
+        missing = [r for r in range(1, world_size) if store.peek(keys.member(r)) != GONE]
+    except DistNetworkError:
+        return  # another process served the store, and has ended: nobody uses it any more
     raise BarrierError(
         f"rank 0 closed the group, but waited in vain for {name_ranks(missing)} to close it: "
         f"{deadline.elapsed():.2f} of {deadline.allowed:g} s",

@@ -53,7 +53,7 @@ class Membership:
         self, store: StoreClient, rank: int, world_size: int, where: str, secret: bytes | None
     ) -> None:
         self._store, self._rank, self._world_size, self._where = store, rank, world_size, where
-        self._seals: NoSeals = NO_SEALS if secret is None else Seals(secret, "member")
+        self._seals = seals_of_members(secret)
 
     def register(self, deadline: Deadline) -> bytes:
         """Take a rank that no other process has, in a group of the size that rank 0 knows.
@@ -92,7 +92,6 @@ class Membership:
             raise GroupCreationError(
                 f"rank 0 did not come to {self._where} within {deadline.allowed:g} s", missing=[0]
             )
-        self._check_not_ending(written)
         about_rank_0 = self._unseal_rank_0(written)
         rank_0 = self._parse(about_rank_0, 0)
         if rank_0.get("world_size") != self._world_size:
@@ -112,22 +111,12 @@ class Membership:
 
         Otherwise the other ranks will be told.
         """
-        mine = bool(self._seals.tag_bytes)
         try:
-            if mine == is_sealed(written):
-                return self._seals.unseal(keys.member(0), written)
-            text = "has no secret, but rank 0 has one"
-            if mine:
-                text = "has a secret, but rank 0 has none"
-            cause = None
+            return unseal_rank_0(written, self._seals, self._where)
         except AuthenticationError as error:
-            text, cause = f"has another secret than rank 0 ({error})", error
-        self._check_not_ending(self._store.peek(keys.member(self._rank)))
-        self._store.set(keys.refused(self._rank), "")
-        raise GroupCreationError(
-            f"rank {self._rank} {text} on {self._where}; give all ranks the same, by secret= or "
-            f"{VARIABLE}"
-        ) from cause
+            self._check_not_ending(self._store.peek(keys.member(self._rank)))
+            self._store.set(keys.refused(self._rank), "")
+            raise GroupCreationError(f"rank {self._rank} {error}") from error
 
     def _refuse_second(self, holder: bytes) -> None:
         """Raise because another process is this rank already."""
@@ -159,10 +148,32 @@ class Membership:
             ) from error
 
 
-def introduce(store: StoreClient, world_size: int, secret: bytes | None) -> None:
+def introduce(store: StoreClient, secret: bytes | None) -> None:
     """Write, for those that come later, that the store is that of a group with this secret."""
-    key, about_me = keys.member(0), json.dumps({"world_size": world_size}).encode()
-    store.set(key, about_me if secret is None else Seals(secret, "member").seal(key, about_me))
+    key, about_me = keys.member(0), json.dumps({"token": os.urandom(8).hex()}).encode()
+    store.set(key, seals_of_members(secret).seal(key, about_me))
+
+
+def seals_of_members(secret: bytes | None) -> NoSeals:
+    """The seals of what ranks write about themselves."""
+    return NO_SEALS if secret is None else Seals(secret, "member")
+
+
+def unseal_rank_0(written: bytes, seals: NoSeals, where: str) -> bytes:
+    """The text of rank 0 on ``where`` about itself.
+
+    Raises:
+        AuthenticationError: it has another secret than these seals, or only one of both has one.
+    """
+    advice = f"give all ranks the same, by secret= or {VARIABLE}"
+    if is_sealed(written) != (seals.tag_bytes > 0):
+        mine, other = ("a secret", "none") if seals.tag_bytes else ("no secret", "one")
+        raise AuthenticationError(f"has {mine}, but rank 0 on {where} has {other}; {advice}")
+    try:
+        return seals.unseal(keys.member(0), written)
+    except AuthenticationError as error:
+        text = f"has another secret than rank 0 on {where} ({error}); {advice}"
+        raise AuthenticationError(text) from error
 
 
 def refused(store: StoreClient, missing: Sequence[int]) -> str:

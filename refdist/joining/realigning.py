@@ -1,6 +1,6 @@
 """How ranks that have made different numbers of calls come together again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -71,14 +71,15 @@ def _skip_broken(barrier: Barrier) -> None:
         barrier.go_past(this)
 
 
-def break_off(barrier: Barrier, reason: str) -> None:
+def break_off(barrier: Barrier, reason: str, missing: Sequence[int] = ()) -> None:
     """Break the next barrier, to which this rank will not come. ``reason`` says why.
 
-    The other ranks, which may be waiting there, learn it at once.
+    The other ranks, which may be waiting there, learn it at once, and which ranks are missing; by
+    default, those that have not arrived.
     """
     if barrier.world_size > 1:
         this = Try(barrier.keys, b"", Deadline(0))
-        missing = barrier.read(this).missing(barrier.world_size)
+        missing = missing or barrier.read(this).missing(barrier.world_size)
         barrier.propose(this, outcome_of(barrier.rank, reason, missing, 0.0, 0.0))
         barrier.generation += 1
         barrier.go_past(this)

@@ -36,7 +36,7 @@ from refdist.errors import (
     StoreConnectionError,
     name_ranks,
 )
-from refdist.joining.connection import Address, Connection
+from refdist.joining.connection import Address, Connection, address_of
 from refdist.joining.membership import LeftoverStoreError, Membership, refused
 from refdist.joining.realigning import break_off
 from refdist.joining.wires import OWN, VLLM, Wire
@@ -62,7 +62,8 @@ class Joined(NamedTuple):
         calls: its calls.
         connection: to its store.
         secret: of the group.
-        addresses: of the sockets that the ranks have reserved; None for that which has the store.
+        addresses: of the sockets that the ranks have reserved; None for that which has the store,
+            and where torch does not tell its connection.
         place: the prefix of its keys, before it shrank or grew.
         era: how often it has shrunk or grown.
         left_out: whether it has ever shrunk to fewer ranks.
@@ -318,9 +319,8 @@ def addresses_of(values: Iterable[bytes]) -> tuple[Address | None, ...]:
     found: list[Address | None] = []
     for rank, value in enumerate(values):
         try:
-            address = json.loads(value)
-            found.append(None if address is None else (str(address[0]), int(address[1])))
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            found.append(address_of(json.loads(value)))
+        except (MessageError, ValueError, RecursionError) as error:
             raise MessageError(
                 f"rank {rank} brought {value[:40]!r} in place of an address"
             ) from error

@@ -18,13 +18,18 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Self
 
-from torch.distributed import DistNetworkError
+from torch.distributed import DistNetworkError, Store
 
 from refdist.barrier import plain
 from refdist.barrier.roll import Try
 from refdist.calls import Calls
 from refdist.deadline import Deadline
-from refdist.errors import BarrierError, GroupCreationError, name_ranks
+from refdist.errors import (
+    BarrierError,
+    GroupCreationError,
+    StoreConnectionError,
+    name_ranks,
+)
 from refdist.joining.connection import Address, Connection
 from refdist.joining.membership import introduce
 from refdist.joining.splitting import Splitting
@@ -37,15 +42,18 @@ from refdist.store.seals import NoSeals
 class Shrinking(Splitting):
     """The methods of a group that has lost ranks."""
 
+    store: Store
+    events: Any
     _calls: Calls
-    end: Callable[[], None]
+    _end: Callable[[], None]
 
     @property
     def successor(self) -> Address | None:
         """Host and port at which the others meet if rank 0 dies, and the store with it.
 
         The first rank that does not host the store has kept them for that since the group formed.
-        None for a group of one rank, and for one that was split off another.
+        None for a group of one rank, for one that was split off another or formed over a store that
+        was there, and where torch does not tell its connections.
         """
         return next((address for address in self._joined.addresses if address), None)
 
@@ -66,31 +74,32 @@ class Shrinking(Splitting):
 
         Raises:
             GroupCreationError: this rank came late, and the others have gone on without it;
-                ``missing`` holds it. It may ask to be let in again: ``join``. Or too few came.
+                ``missing`` holds it. It may ask to be let in again: ``join``. Rank 0 serves the
+                others until its process ends, unless it closes this group. Or too few came.
             StoreConnectionError: the store is lost, and no successor opened one in time.
+            BarrierError: a stranger interferes.
             ValueError: the group speaks vLLM's protocol.
 
         Source: ``MPIX_Comm_shrink`` of Open MPI, for its name.
         """
         self._check_own("shrink")
-        if self._calls.kept.get("next") is None:
-            self._calls.check_open("shrink")
         deadline = Deadline(timeout)
-        return self._calls.run("shrink", deadline, self._shrink, deadline, kept="next")
+        return self._calls.run("shrink", deadline, self._shrink, deadline, kept="shrink")
 
     def _shrink(self, deadline: Deadline) -> Self:
         """The group that follows. An interrupt leaves it to the next call."""
         kept = self._calls.kept
-        if kept.get("next") is None:
+        if kept.get("shrink") is None:
             try:
-                kept["next"] = self._meet(self._connection, list(range(self.world_size)), deadline)
+                everyone = list(range(self.world_size))
+                kept["shrink"] = self._meet(self._connection, everyone, deadline)
             except DistNetworkError:
                 with_address = [r for r, address in enumerate(self._joined.addresses) if address]
                 if self.rank not in with_address:
                     raise
-                kept["next"] = self._move(with_address, deadline)
-        self.end()
-        group: Self = kept["next"]
+                kept["shrink"] = self._move(with_address, deadline)
+        self._end()
+        group: Self = kept["shrink"]
         return group
 
     def _meet(self, connection: Connection, ranks: list[int], deadline: Deadline) -> Self:
@@ -100,6 +109,13 @@ class Shrinking(Splitting):
             connection.client.at(joined.place), self.rank, ranks, joined.era,
             self._barrier.seals.below("moved" if moves else "meeting"), deadline,
         )  # fmt: skip
+        if self.rank not in here:
+            connection.stay()
+            raise GroupCreationError(
+                f"rank {self.rank} came late, and was left out: {name_ranks(here)} met without it; "
+                f"StatelessProcessGroup.join asks to be let in again",
+                [self.rank],
+            )
         if moves and (here[0] != ranks[0] or 2 * len(here) < self.world_size):
             raise GroupCreationError(
                 f"only {name_ranks(here)} of {self.world_size} came to the successor's store, "
@@ -109,7 +125,7 @@ class Shrinking(Splitting):
         if moves:
             connection.take_over(self._connection, self.rank == ranks[0])
             if self.rank == ranks[0]:
-                introduce(connection.client, len(here), joined.secret)
+                introduce(connection.client, joined.secret)
         prefix = keys.era(joined.place, joined.era + 1, "moved" if moves else "shrunk")
         barrier = self._barrier_at(prefix, here, connection)
         hosts = ranks[0] if moves else None
@@ -117,31 +133,43 @@ class Shrinking(Splitting):
             None if rank == hosts else joined.addresses[rank] for rank in here
         )
         left_out = joined.left_out or len(here) < self.world_size
-        return self._followed_by(
-            barrier, connection=connection, addresses=addresses, left_out=left_out
-        )
+        return self._followed_by(barrier, connection, addresses, left_out)
 
     def _move(self, ranks: list[int], deadline: Deadline) -> Self:
         """Meet over a store that the first of the ranks opens."""
         host, port = self._joined.addresses[ranks[0]]  # type: ignore[misc]
         deadline.restart()
         reserved = self._connection.reserved if self.rank == ranks[0] else None
-        connection = Connection(_opened(host, port, reserved, deadline))
+        try:
+            connection = Connection(_opened(host, port, reserved, deadline))
+        except OSError as error:  # of the system, such as too many open files
+            text = f"shrink: the successor's store on {host}:{port} cannot be reached: {error}"
+            raise StoreConnectionError(text) from error
         deadline.restart()
         try:
+            connection.client.store.set_timeout(self.store.timeout)  # type: ignore[attr-defined]
             connection.client.limit(deadline.allowed)
             return self._meet(connection, ranks, deadline)
         except BaseException:
             connection.client.close()
             raise
 
-    def _followed_by(self, barrier: plain.Barrier, **changes: Any) -> Self:
+    def _followed_by(
+        self,
+        barrier: plain.Barrier,
+        connection: Connection,
+        addresses: tuple[Address | None, ...],
+        left_out: bool,
+    ) -> Self:
         """The group of the next era."""
-        connection: Connection = changes["connection"]
         listener = None
-        if connection.root in (None, self._barrier):
+        if connection.root is None or connection.root is self._barrier:  # else it is a part
             connection.root, listener = barrier, connection.listener
-        group: Self = self._with(barrier, listener, era=self._joined.era + 1, **changes)
+        group: Self = self._with(
+            barrier, listener, era=self._joined.era + 1,
+            connection=connection, addresses=addresses, left_out=left_out,
+        )  # fmt: skip
+        group.events = self.events
         return group
 
 
@@ -149,8 +177,7 @@ class Meeting(plain.Barrier):
     """A barrier without departure: the store stays, and so do the keys.
 
     So a rank to whose meeting all have come goes on with them, whatever happens to it or to the
-    others then. An interrupt waits until the call has ended: a rank that left and came again would
-    look for keys that the others had deleted.
+    others then. An interrupt after that waits until the call has ended.
     """
 
     def depart(self, this: Try) -> None:
@@ -172,6 +199,8 @@ def meet(
 ) -> list[int]:
     """Meet with those of the ranks that come in time. Returns them, the same on all.
 
+    This rank is not among them if they have gone on without it.
+
     Args:
         client: of the keys of the group in its first era.
         rank: of this process, in the era that ends.
@@ -181,7 +210,6 @@ def meet(
         deadline: of each meeting.
 
     Raises:
-        GroupCreationError: the others have gone on without this rank.
         BarrierError: a stranger interferes.
         CancelledWaitError: the deadline was cancelled; it can be called again.
     """
@@ -197,10 +225,6 @@ def meet(
                 raise
             here = [other for place, other in enumerate(here) if place not in error.missing]
             if rank not in here:
-                raise GroupCreationError(
-                    f"rank {rank} came late, and was left out: {name_ranks(here)} met without it; "
-                    f"StatelessProcessGroup.join asks to be let in again",
-                    [rank],
-                ) from error
+                return here
         number += 1
         deadline.restart()

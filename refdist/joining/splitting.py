@@ -65,7 +65,7 @@ class Splitting:
         place = keys.part(whole, self._barrier.generation, members[0])
         members.sort(key=lambda rank: (everyone[rank][1], rank))
         barrier = self._barrier_at(place, members, self._connection)
-        part: Self = self._with(barrier, addresses=(), place=place, era=0)
+        part: Self = self._with(barrier, addresses=(), place=place, era=0, left_out=False)
         return part
 
     def _check_own(self, what: str) -> None:
@@ -81,7 +81,7 @@ class Splitting:
         return barrier
 
     def _with(self, barrier: Barrier, listener: Any = None, **changes: Any) -> Any:
-        """A group with another barrier and other parts, and the options of this one."""
+        """A group with another barrier and other parts, and the arguments of this one."""
         calls = Calls(barrier.rank, barrier.store)
         joined = self._joined._replace(barrier=barrier, calls=calls, **changes)
         return made(type(self), joined, listener, self.data_expiration_seconds, self.messages)

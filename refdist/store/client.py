@@ -78,10 +78,6 @@ class StoreClient:
         """A client of the same store and connection, with another prefix."""
         return StoreClient(self.store, prefix, self)
 
-    def below(self, name: str) -> "StoreClient":
-        """A client for the keys of this one that begin with a name and a slash."""
-        return self.at(f"{self.prefix}{name}/")
-
     @property
     def has_barrier(self) -> bool:
         """Whether the store has ``Store.barrier``: ``torch_versions.has_store_barrier``."""

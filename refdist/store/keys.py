@@ -13,7 +13,10 @@ def member(rank: int) -> str:
 
 
 def gone() -> str:
-    """How many ranks have left for good. Added to by all but rank 0; goes with the store."""
+    """How many ranks have left for good. Added to by all but rank 0; goes with the store.
+
+    In a part, also added to by its rank 0; the last deletes it with the others of the part.
+    """
     return "gone"
 
 
@@ -39,7 +42,9 @@ def part(place: str, generation: int, first: int) -> str:
 
 
 def meeting(place: str, era: int, number: int) -> str:
-    """What the keys begin with of the meeting in which a group shrinks. They stay.
+    """What the keys begin with of the meeting before a group shrinks or grows.
+
+    They stay, except those of a part that has lost nobody.
 
     Args:
         place: what the keys of the first era begin with.
@@ -50,7 +55,9 @@ def meeting(place: str, era: int, number: int) -> str:
 
 
 def era(place: str, number: int, attempt: str) -> str:
-    """What the keys of a group begin with that has shrunk or grown ``number`` times. They stay.
+    """What the keys of a group begin with that has shrunk or grown ``number`` times.
+
+    They stay as those of ``meeting`` do.
 
     Args:
         place: what those of the first era begin with.
@@ -71,7 +78,10 @@ def ask(number: int) -> str:
 
 
 def answer(number: int) -> str:
-    """The answer. Written once, by rank 0, or by the process when it gives up; as ``ask``."""
+    """The answer to an ask. Written once, by rank 0, or by the process when it gives up.
+
+    It goes with the store.
+    """
     return f"answer/{number}"
 
 
