@@ -207,7 +207,7 @@ def test_two_rings_are_right(engines, name, capsys):
     ("name", "text"),
     [
         ("stub", "not written yet"),
-        ("missing", "is not defined on engine 0. Run the cell above"),
+        ("missing", "is not defined on engine 0. Run the cells above"),
         ("to_rank_0", "on 3 ranks, with a tensor of shape (120,) of int64, rank 0 sent 1920 bytes"),
         ("whole_tensors", "wanted at most 2 (n - 1) chunks"),
         ("if_n_divides", "on 2 ranks, with a tensor of shape (1,) of float32, rank 0 has a wrong"),

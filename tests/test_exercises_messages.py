@@ -132,7 +132,18 @@ def test_a_right_mailbox_passes(engines, capsys, source):
                 ("mail/{self.rank}/{destination}/", "{self.rank}{destination}"),
                 ("mail/{source}/{self.rank}/", "{source}{self.rank}"),
             ],
-            "put something between",
+            "put something between .*on rank 23, your code raised",
+        ),
+        # counts a message that could not be sent
+        (
+            [
+                (
+                    "        self.store.set(key",
+                    "        self.sent[destination] += 1\n        self.store.set(key",
+                ),
+                ("(obj))\n        self.sent[destination] += 1", "(obj))"),
+            ],
+            "rank 1 sends a lock, .* wanted: 'after it'. Count a message only when it is sent",
         ),
         (
             [("self.store.set(key", "self.store.check([key]); self.store.set(key")],
@@ -149,7 +160,7 @@ def test_a_right_mailbox_passes(engines, capsys, source):
             [("            raise TimeoutError", "            sleep(60)\n            raise")],
             "with a timeout of 0.3 s, .* on rank 0, your code did not end within 2 s",
         ),
-        ([("class Mailbox", "del Mailbox\nclass Postbox")], "Run the cell above"),
+        ([("class Mailbox", "del Mailbox\nclass Postbox")], "Run the cells above"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -237,6 +248,10 @@ def test_a_right_gather_passes(engines, capsys, source):
         (BY_RANK_0.replace("return mailbox.receive(0, timeout)", "return None"), "on rank 1"),
         (BY_RANK_0.replace("[obj, *(", "[*(").replace("))]", ")), obj]"), "on rank 0"),
         (BY_RANK_0.replace("world_size)", "4)"), "your code raised"),
+        (
+            BY_RANK_0.replace(", timeout)", ")"),
+            "rank 3 does not come, and timeout is 0.3 s: .* wanted: the error of receive",
+        ),
         (BY_RANK_0.replace("    return objects", "    return objects[1:]"), "on rank 0"),
         # without messages
         (
@@ -295,28 +310,28 @@ def test_the_check_of_a_gather_brings_ranks_into_step(engines):
 SECOND = timedelta(seconds=1)
 
 
-def those_here(store, rank, world_size):
+def those_here(store, rank, world_size, seconds=1.0):
     names = [f"here/{other}" for other in range(world_size)]
     store.set(names[rank], "")
     with suppress(DistStoreError):
-        store.wait(names, SECOND)
+        store.wait(names, timedelta(seconds=seconds))
     return [other for other in range(world_size) if store.check([names[other]])]
 
 
-def first_holds(store, rank, world_size):
-    here = json.dumps(those_here(store, rank, world_size))
+def first_holds(store, rank, world_size, seconds=1.0):
+    here = json.dumps(those_here(store, rank, world_size, seconds))
     return json.loads(store.compare_set("list", "", here))
 
 
-def in_two_requests(store, rank, world_size):
-    store.compare_set("list", "", json.dumps(those_here(store, rank, world_size)))
+def in_two_requests(store, rank, world_size, seconds=1.0):
+    store.compare_set("list", "", json.dumps(those_here(store, rank, world_size, seconds)))
     return json.loads(store.get("list"))
 
 
 # a barrier that breaks names those that did not come
-def by_barrier(store, rank, world_size):
+def by_barrier(store, rank, world_size, seconds=1.0):
     try:
-        plain.Barrier(store, rank, world_size).wait(1.0)
+        plain.Barrier(store, rank, world_size).wait(seconds)
     except BarrierError as error:
         if not error.completed:
             return [other for other in range(world_size) if other not in error.missing]
@@ -377,6 +392,14 @@ def alone_if_late(store, rank, world_size):
     return json.loads(store.compare_set("list", "", json.dumps(here)))
 
 
+def a_millisecond(store, rank, world_size, seconds=1.0):
+    return first_holds(store, rank, world_size, 0.001)
+
+
+def always_a_second(store, rank, world_size, seconds=1.0):
+    return first_holds(store, rank, world_size)
+
+
 def everyone(store, rank, world_size):
     those_here(store, rank, world_size)
     return list(range(world_size))
@@ -427,6 +450,8 @@ def polls(store, rank, world_size):
         (those_heard_by_all, "All ranks that return have the same list|without a timeout"),
         (nobody_waits, "Each rank that is not on the list has died"),
         (alone_if_late, "Each rank that is not on the list has died"),
+        (a_millisecond, "with 2 ranks and 0.25 seconds, .*\n(.*\n)*.* had ``seconds`` to come"),
+        (always_a_second, "and 0.25 seconds, .*\n(.*\n)*Not so: No call waits longer than 0.5 s"),
         (everyone, "Each rank on the list has come"),
         (for_ever, "no rank waits, without a timeout"),
         (three_seconds, "No call waits longer than 2 s"),
@@ -489,6 +514,11 @@ def test_a_right_job_goes_on(engines, capsys, source):
         # after a death, or that of rank 0, nobody goes on
         ([("(BarrierError, ", "(")], "rank 3 does not call go_on: .* raised BarrierError"),
         ([(", StoreConnectionError)", ",)")], "rank 0 .* ends, .* raised StoreConnectionError"),
+        # goes on in the group in which a rank is missing
+        (
+            [("        return group.shrink(timeout)", "        return group")],
+            "rank 3 does not call go_on: on rank 0, your code returned a group that does not work",
+        ),
         # a newcomer that dies ends the job
         (
             [("    except GroupCreationError:\n        return group\n", "")],
@@ -505,7 +535,7 @@ def test_a_right_job_goes_on(engines, capsys, source):
             [("return group.admit(timeout)", "group.barrier(timeout)\n        return group")],
             "asks to be let in",
         ),
-        ([("def go_on", "del go_on\ndef on")], "Run the cell above"),
+        ([("def go_on", "del go_on\ndef on")], "Run the cells above"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -42,7 +42,7 @@ def gather(
     number, rank = barrier.generation, barrier.rank
     written: list[str] = []
     if isinstance(encoded, Exception):
-        value = encoding.failure(f"rank {rank} had no object to give: {encoded!r}")
+        value = encoding.failure(f"had no object to give: {encoded!r}")
     else:
         value = encoded.value
     try:

@@ -53,7 +53,7 @@ def exercise(
                     text = f"your code {getattr(error, 'evalue', error)}"
                     raise UnsolvedError(f"Exercise {title}: {text}") from None
                 if name == "NameError":
-                    text = f"{getattr(error, 'evalue', error)}. Run the cell above this one first."
+                    text = f"{getattr(error, 'evalue', error)}. Run the cells above first."
                     raise UnsolvedError(f"Exercise {title}: {text}") from error
                 raise UnsolvedError(
                     f"Exercise {title}: your code raised {name}: {getattr(error, 'evalue', error)}"

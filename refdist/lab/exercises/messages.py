@@ -6,6 +6,7 @@ waiting for another. Messages go through a store of the checks, so none stay in 
 """
 
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ _WAITED = {
     "MessageTimeoutError",
     "GroupCreationError",
     "StoreConnectionError",
+    "UnsolvedError",
 }
 
 
@@ -80,6 +82,8 @@ def _call(
         raise
     except TooLateError:
         return None, "TooLateError", f"did not end within {seconds:g} s"
+    except UnsolvedError as error:
+        return None, "UnsolvedError", str(error)
     except Exception as error:
         return None, type(error).__name__, f"raised {type(error).__name__}: {error}"
 
@@ -101,8 +105,9 @@ def _try(
     function: Any,
     *arguments: Any,
     ranks: Sequence[int] | None = None,
+    played: Sequence[int] | None = None,
 ) -> list[Any]:
-    """The results of ``_run`` on all engines, or on some.
+    """The results of ``_run`` on all engines, or on some, which may play other ranks.
 
     Raises:
         UnsolvedError: it raised. The text begins with ``where``, and names the rank; if others
@@ -115,7 +120,9 @@ def _try(
     ]
     if failed:
         _, rank, text = min(failed)
-        raise UnsolvedError(f"{where}: on rank {rank}, your code {text}")
+        raise UnsolvedError(
+            f"{where}: on rank {played[rank] if played else rank}, your code {text}"
+        )
     return [value for value, _, _ in ended]
 
 
@@ -201,6 +208,18 @@ def _post(
     return found
 
 
+def _send_a_lock(rank: int, world_size: int) -> bool:
+    """On rank 1: send what cannot be sent, and then what can. Whether the first raised."""
+    failed = False
+    if rank == 1:
+        try:
+            _Here.mailbox.send(threading.Lock(), 0)
+        except Exception:
+            failed = True
+        _Here.mailbox.send("after it", 0)
+    return failed
+
+
 @exercise("4.1 a mailbox that loses nothing")
 def check_mailbox(engines: LocalEngines) -> str:
     """Check the class ``Mailbox`` of the engines, which have a ``group``."""
@@ -258,12 +277,22 @@ def check_mailbox(engines: LocalEngines) -> str:
         came == "in time",
         f"{where}: it got {came!r}; wanted: 'in time', the message that it waited for before",
     )
+    where = "rank 1 sends a lock, which cannot be pickled, and then 'after it', to rank 0"
+    failed = _try(engines, where, _send_a_lock)[1]
+    require(failed, f"{where}: send of the lock returned; wanted: the error of pickle")
+    value, _, text = _run(engines, ranks, _post, [], [(0, 1)], _SECONDS)[0]
+    require(
+        value and value[0][0] == "after it",
+        f"{where}: on rank 0, your code {text or f'received {value[0][0]!r}'}; wanted: 'after it'. "
+        f"Count a message only when it is sent",
+    )
     where = "the engines play ranks 1, 12, 23 and 3; 1 sends to 23, and 12 to 3"
-    _try(engines, where, _open, part, _SECONDS, (1, 12, 23, 3))
+    played = (1, 12, 23, 3)
+    _try(engines, where, _open, part, _SECONDS, played)
     sends = [(1, 23, "1 to 23"), (12, 3, "12 to 3")]
     where += " (put something between the numbers in a key)"
-    _try(engines, where, _post, sends, [], _SECONDS)  # before a rank receives
-    found = _try(engines, where, _post, [], [(23, 1), (3, 12)], _SECONDS)
+    _try(engines, where, _post, sends, [], _SECONDS, played=played)  # before a rank receives
+    found = _try(engines, where, _post, [], [(23, 1), (3, 12)], _SECONDS, played=played)
     seen = [came[0][0] for came in found[2:]]
     require(seen == ["1 to 23", "12 to 3"], f"{where}: 23 and 3 received {seen}")
     left = store.num_keys() - before
@@ -334,6 +363,17 @@ def check_all_gather(engines: LocalEngines) -> str:
             )
     left = store.num_keys() - before
     require(left == 0, f"{left} keys were left; wanted: 0. Is each message read that is sent?")
+    *here, absent = range(engines.n)
+    where = f"rank {absent} does not come, and timeout is 0.3 s"
+    start = time.monotonic()
+    ended = _run(engines, here, _gather, engines.n, _open_store(engines)[1], 0.3)
+    seconds = time.monotonic() - start
+    for rank, (value, kind, text) in zip(here, ended, strict=True):
+        require(
+            kind == "MessageTimeoutError" and seconds < _SECONDS,
+            f"{where}: on rank {rank}, your code {text or f'returned {value}'}, after "
+            f"{seconds:.1f} s; wanted: the error of receive, which is to wait for timeout seconds",
+        )
     each = engines.n * (engines.n - 1)
     return (
         f"{engines.n} ranks took {messages} messages, in place of {each} from each to each; 0 keys "
@@ -347,7 +387,8 @@ _MOST_REQUESTS = 20  # of a rank for an agreement; a right answer makes fewer
 _WIDTH = 2_000  # most states after each step; a right answer has fewer
 _AGREE_SECONDS = 2.0
 
-_Survivors = Callable[[Any, int, int], list[int]]
+_Survivors = Callable[..., list[int]]
+_PATIENCE = 0.25  # seconds, which the check gives in place of 1
 
 
 def one_list(snapshot: Snapshot) -> bool:
@@ -368,6 +409,15 @@ def left_out_for_a_reason(snapshot: Snapshot) -> bool:
     return all(ranks - set(listed) <= snapshot.dead for _, listed in _lists(snapshot))
 
 
+def all_had_time(snapshot: Snapshot) -> bool:
+    """Each rank that is not on the list had ``seconds`` to come."""
+    ranks = set(range(len(snapshot.calls)))
+    return all(
+        set(listed) == ranks or max(call.seconds for call in calls.values()) >= _PATIENCE
+        for calls, listed in _lists(snapshot)
+    )
+
+
 def _lists(snapshot: Snapshot) -> list[tuple[dict[int, Call], list[int]]]:
     """Each list that a rank has returned, after the calls of all ranks in that agreement."""
     return [
@@ -378,10 +428,10 @@ def _lists(snapshot: Snapshot) -> list[tuple[dict[int, Call], list[int]]]:
     ]
 
 
-def _agreement(survivors: _Survivors) -> Protocol:
+def _agreement(survivors: _Survivors, *seconds: float) -> Protocol:
     def protocol(store: Any, rank: int, world_size: int) -> dict[str, Callable[[], object]]:
         limited = LimitedStore(store, _MOST_REQUESTS)
-        return {"agreement": lambda: _checked(survivors(limited, rank, world_size))}
+        return {"agreement": lambda: _checked(survivors(limited, rank, world_size, *seconds))}
 
     return protocol
 
@@ -409,15 +459,22 @@ def check_survivors(survivors: _Survivors) -> str:
         within(_AGREE_SECONDS),
     ]
     schedules = {2: 0, 3: 0}
-    for world_size, timeouts, crashes in ((2, 0, 0), (2, 2, 1), (3, 0, 1), (3, 1, 0)):
+
+    def explore_all(world_size: int, timeouts: int, crashes: int, *seconds: float) -> None:
         explored = explore(
-            _agreement(survivors), world_size, properties,
+            _agreement(survivors, *seconds), world_size, properties,
             timeouts=timeouts, crashes=crashes, width=_WIDTH,
         )  # fmt: skip
         if explored.counterexample is not None:
             told = explored.counterexample.timeline()
-            raise UnsolvedError(f"with {world_size} ranks, one schedule breaks it:\n{told}")
+            given = "".join(f" and {one:g} seconds" for one in seconds)
+            raise UnsolvedError(f"with {world_size} ranks{given}, one schedule breaks it:\n{told}")
         schedules[world_size] += explored.schedules
+
+    for size, timeouts, crashes in ((2, 0, 0), (2, 2, 1), (3, 0, 1), (3, 1, 0)):
+        explore_all(size, timeouts, crashes)
+    properties = [no_call_raises, all_had_time, within(2 * _PATIENCE)]
+    explore_all(2, 1, 1, _PATIENCE)
     return (
         f"In {schedules[2]:,} schedules of 2 ranks and {schedules[3]:,} of 3, with a death or "
         f"waits that end too early, no two ranks had different lists."
@@ -459,7 +516,15 @@ def _go_on(rank: int, world_size: int, seconds: float, wanted: int = 0) -> tuple
             raise TypeError(f"returned {group!r}, and not a group")
         _Here.group = group
         if wanted in (0, group.world_size) or time.monotonic() > end:
-            return group is before, group.all_gather_obj(rank, seconds)
+            return group is before, _listed(group, rank, seconds)
+
+
+def _listed(group: StatelessProcessGroup, rank: int, seconds: float) -> list[int]:
+    """The engines of a group."""
+    try:
+        return group.all_gather_obj(rank, seconds)
+    except Exception as error:
+        raise UnsolvedError(f"returned a group that does not work: {error}") from error
 
 
 def _go_on_without_the_newcomer(rank: int, world_size: int, seconds: float) -> Any:
@@ -474,7 +539,7 @@ def _join_or_go_on(
     if rank != newcomer:
         return _go_on(rank, world_size, seconds, wanted)
     _Here.group = StatelessProcessGroup.join(*address, timeout=_ROUNDS * seconds)
-    return False, _Here.group.all_gather_obj(rank, seconds)
+    return False, _listed(_Here.group, rank, seconds)
 
 
 def _address(rank: int, world_size: int) -> _Address:
