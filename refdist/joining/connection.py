@@ -16,7 +16,7 @@ from refdist.store.sockets import numeric
 
 Address = tuple[str, int]
 
-_hosts: list["Connection"] = []  # that others go on with, until this process ends
+_hosts: set["Connection"] = set()  # whose stores others use until this process ends
 
 
 def address_of(told: Any) -> Address | None:
@@ -89,7 +89,7 @@ class Connection:
     def stay(self) -> None:
         """Serve the others also without a group of this process: nothing tells when they end."""
         if self.listener is not None:
-            _hosts.append(self)
+            _hosts.add(self)
 
     def end(self) -> None:
         """End every group, and with them the store, if it is served here."""

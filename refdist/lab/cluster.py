@@ -30,20 +30,25 @@ class Cluster(ipyparallel.Cluster):  # type: ignore[misc]
     async def start_and_connect(self, n: int, timeout: float) -> Any:
         """Start ``n`` engines, and return a client of them.
 
-        ipyparallel's own method shows a bar of progress, which no two runs store alike. Its errors
-        do not say why an engine ended, and the file that does is removed with the cluster.
+        ipyparallel's own method starts the engines first. A client gets a list of those that are
+        there, and then news of others, so it never hears of one that comes just between. Besides,
+        that method shows a bar of progress, which no two runs store alike; and its errors do not
+        say why an engine ended, while the file that does is removed with the cluster.
 
         Raises:
             TimeoutError: not all engines started in time.
             ipyparallel.error.EngineError: what started them has ended.
         """
-        await self.start_cluster(n)
+        await self.start_controller()
         client = await self.connect_client()
-        started = client.wait_for_engines(n, timeout=timeout, block=False, interactive=False)
         try:
+            await self.start_engines(n)
+            started = client.wait_for_engines(n, timeout=timeout, block=False, interactive=False)
             await asyncio.wrap_future(started)
-        except (EngineError, TimeoutError) as error:
+        except BaseException as error:
             client.close()
+            if not isinstance(error, EngineError | TimeoutError):
+                raise
             output = self.engine_set.get_output()
             raise type(error)(f"{error}\nOutput of the engines:\n{output}") from None
         return client
