@@ -23,7 +23,7 @@ DEADLINE = 110.0
 # stopped, continued and killed.
 
 PROGRAM = """
-import json, os, psutil, signal, sys, time
+import faulthandler, json, os, psutil, signal, sys, time
 from pathlib import Path
 from refdist.lab.engines import LocalEngines
 
@@ -37,6 +37,8 @@ with StatelessProcessGroup.create(
     network = os.readlink("/proc/self/ns/net")
     gathered = group.all_gather_obj([rank, host, network, *map(os.environ.get, told)])
 '''
+
+faulthandler.dump_traceback_later(100, exit=True)  # says where it hangs
 
 def until(condition):
     while not condition():

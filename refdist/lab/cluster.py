@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import os
+import random
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,15 @@ SETTINGS = {
 }
 """Variables of the engines, where nothing else sets them."""
 
-# ipyparallel gives up an engine that misses 10 heartbeats, one in 3 s, and so one that was stopped
-# for half a minute. A reader may take an hour until the cell that lets it go on.
-_HEARTBEATS = "--HeartMonitor.max_heartmonitor_misses=1200"
+# an engine is there once it has answered to a heartbeat, which ipyparallel sends every 3 s
+_PERIOD = "--HeartMonitor.period=500"
+# it gives up an engine that misses 10 of them, and so one that was stopped for half a minute. A
+# reader may take an hour until the cell that lets it go on.
+_MISSES = "--HeartMonitor.max_heartmonitor_misses=7200"
+
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_PORTS = 20  # of a controller, and one more
 
 
 class Cluster(ipyparallel.Cluster):  # type: ignore[misc]
@@ -54,16 +62,41 @@ class Cluster(ipyparallel.Cluster):  # type: ignore[misc]
         return client
 
 
+def reserve_ports() -> tuple[socket.socket, str]:
+    """Ports for a controller, such as "20001-20019", for as long as the socket is not closed.
+
+    ipyparallel binds a socket to any free port, closes it, and has another process bind that port
+    a second later. Meanwhile, a socket of any other program may get it, and the cluster hangs. So
+    these ports are none that the system gives away, and the socket keeps other clusters from them.
+    """
+    end = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else 32768
+    for _ in range(1000):
+        first = random.randrange(10_000, max(end, 20_000) - _PORTS, _PORTS)
+        try:
+            # the others are only looked at
+            for port in range(first + _PORTS - 1, first - 1, -1):
+                reserved = socket.socket()
+                reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, port > first)
+                reserved.bind(("127.0.0.1", port))
+                if port > first:
+                    reserved.close()
+            return reserved, f"{first + 1}-{first + _PORTS - 1}"
+        except OSError:
+            reserved.close()
+    raise OSError(f"no {_PORTS} ports in a row are free below {end}")
+
+
 def on_this_machine(n: int, environment: dict[str, str]) -> Cluster:
     """A cluster that is to start here, with a folder of its own, which is the caller's to remove.
 
     The profile of the user is not used: it may start engines elsewhere.
     """
+    reserved, ports = reserve_ports()
     cluster = Cluster(
         n=n,
         profile_dir=tempfile.mkdtemp(prefix="refdist-engines-"),
         controller_ip="127.0.0.1",
-        controller_args=[_HEARTBEATS],
+        controller_args=[_PERIOD, _MISSES, f"--ports={ports}"],
         engine_launcher_class="local",
         controller_launcher_class="local",
         log_level=logging.ERROR,
@@ -73,6 +106,7 @@ def on_this_machine(n: int, environment: dict[str, str]) -> Cluster:
     # besides this process's own; RES_OPTIONS has no effect after an engine's first look-up
     settings = {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
     cluster.config.LocalEngineLauncher.environment = settings | environment
+    cluster.reserved = reserved
     return cluster
 
 
