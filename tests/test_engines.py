@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from ipyparallel.error import EngineError
 from jupyter_client import KernelManager
 
 from refdist.lab import cluster
-from refdist.lab.cluster import PROFILE
+from refdist.lab.cluster import PROFILE, reserve_ports
 from refdist.lab.engines import LocalEngines
 
 DEADLINE = 60.0
@@ -429,3 +430,24 @@ def test_without_ipyparallel():
 def test_n_must_be_positive():
     with pytest.raises(ValueError, match="n=0: must be at least 1"):
         LocalEngines(0)
+
+
+# Clusters that start at the same time have ports of their own, which the system gives to nobody.
+
+
+def test_each_cluster_has_its_own_ports():
+    reserved, told = zip(*(reserve_ports() for _ in range(50)), strict=True)
+    try:
+        ends = [tuple(map(int, one.split("-"))) for one in told]
+        ranges = [range(first, last + 1) for first, last in ends]
+        ports = [port for one in ranges for port in one]
+        assert len(ports) == len(set(ports)) == 50 * 19
+        with socket.socket() as given:
+            given.bind(("127.0.0.1", 0))
+            assert max(ports) < given.getsockname()[1]
+        for port in ranges[0]:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", port))
+    finally:
+        for one in reserved:
+            one.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ipyparallel.error import EngineError
 
-from refdist.lab.cluster import PROFILE
+from refdist.lab.cluster import PROFILE, reserve_ports
 from refdist.lab.engines import LocalEngines
 from refdist.lab.hosts import Hosts, NoHostsError
 
@@ -82,9 +82,16 @@ def run_program(profile, *inside):
     return first
 
 
+reserved = []  # ports of controllers, until all tests have ended
+
+
 def write_profile(folder, text):
     folder.mkdir()
-    (folder / "ipcluster_config.py").write_text("c = get_config()\n" + textwrap.dedent(text))
+    one, ports = reserve_ports()
+    reserved.append(one)
+    arguments = [f"--ports={ports}", "--HeartMonitor.period=500"]
+    text = f"c = get_config()\nc.Cluster.controller_args = {arguments}\n{textwrap.dedent(text)}"
+    (folder / "ipcluster_config.py").write_text(text)
     return folder
 
 
