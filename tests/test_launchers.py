@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from ipyparallel.error import EngineError
 
+from refdist.lab import cluster
 from refdist.lab.cluster import PROFILE, reserve_ports
 from refdist.lab.engines import LocalEngines
 from refdist.lab.hosts import Hosts, NoHostsError
@@ -89,7 +90,7 @@ def write_profile(folder, text):
     folder.mkdir()
     one, ports = reserve_ports()
     reserved.append(one)
-    arguments = [f"--ports={ports}", "--HeartMonitor.period=500"]
+    arguments = [cluster._PERIOD, cluster._MISSES, f"--ports={ports}"]
     text = f"c = get_config()\nc.Cluster.controller_args = {arguments}\n{textwrap.dedent(text)}"
     (folder / "ipcluster_config.py").write_text(text)
     return folder
