@@ -531,6 +531,7 @@ def test_a_roll_of_an_earlier_round():
         turnstile.wait()
         if rank == 0:
             server.append(roll, kept[0])
+            server.get(roll)  # append does not wait
         turnstile.wait()
         with pytest.raises(MessageTimeoutError, match="missing: ranks 0 and 1"):
             groups[rank].all_gather_obj("late", timeout=10)

@@ -355,9 +355,8 @@ def _dies_in_a_part(here):
     if pair is not None:
         pair.barrier()
         assert pair.all_gather_obj(here.rank) == [0, 1]
-    if here.rank == 0:
-        # the part that is left over of the dead rank says nothing
-        part.close()
+        pair.close()
+    part.close()  # also that of the dead rank
     group.close()
     return found
 
