@@ -132,10 +132,10 @@ def _gives_up(here, how):
             with pytest.raises(KeyboardInterrupt):
                 _ask(here)
         else:
-            error, (host, port) = _error(lambda: _ask(here, timeout=0.2)), here.ask("place")
+            error, (host, port) = _error(lambda: _ask(here, timeout=1)), here.ask("place")
             assert isinstance(error, GroupCreationError)
             assert str(error) == (
-                f"no group on {host}:{port} let this process in within 0.2 s; do all its ranks "
+                f"no group on {host}:{port} let this process in within 1 s; do all its ranks "
                 f"call admit?"
             )
         here.tell("gave up")
@@ -281,7 +281,7 @@ def _another_secret_at_the_successor(here):
         here.tell("place", successor)
         here.ask("told")
         return
-    error = _error(lambda: _ask(here, secret=SECRET * 2, timeout=0.5))
+    error = _error(lambda: _ask(here, secret=SECRET * 2, timeout=1))
     here.tell("told")
     assert str(error).startswith("this process has another secret than rank 0 on "), error
 
@@ -302,7 +302,7 @@ def test_no_group():
         StatelessProcessGroup.join("no such host.invalid", 1)
     store = create_tcp_store(LOCAL, 0, is_master=True)
     with pytest.raises(GroupCreationError, match=f"no group on {LOCAL}:{store.port} let this"):
-        StatelessProcessGroup.join(LOCAL, store.port, timeout=0.2)
+        StatelessProcessGroup.join(LOCAL, store.port, timeout=1)
     port = store.port
     del store
     with pytest.raises(StoreConnectionError, match=f"no store answered on {LOCAL}:{port}"):
@@ -520,7 +520,7 @@ def test_one_that_was_let_in_is_interrupted():
 
 def _gives_up_at_last(here):
     if here.rank == 2:
-        assert isinstance(_error(lambda: _ask(here, timeout=0.5)), GroupCreationError)
+        assert isinstance(_error(lambda: _ask(here, timeout=1)), GroupCreationError)
         here.tell("gave up")
         return
     group = _member(here, 2)
@@ -657,7 +657,7 @@ def test_asking_again_ends_in_time():
         store.set(keys.answer(number), again)
     store.get(keys.answer(number))  # set does not wait
     with pytest.raises(GroupCreationError, match="in: rank 0 could not read who asks"):
-        StatelessProcessGroup.join(LOCAL, store.port, timeout=0.1)
+        StatelessProcessGroup.join(LOCAL, store.port, timeout=1)
     assert 0 < store.add(keys.asked(), 0) < 50000
 
 
@@ -670,7 +670,7 @@ def test_an_ask_of_an_earlier_group():
 
     with group() as earlier:
         with pytest.raises(GroupCreationError, match="do all its ranks call admit"):
-            StatelessProcessGroup.join(LOCAL, earlier.port, timeout=0.1, secret=SECRET)
+            StatelessProcessGroup.join(LOCAL, earlier.port, timeout=1, secret=SECRET)
         asked = earlier.store.get(keys.ask(0))
     with group() as later:
         later.store.set(keys.ask(0), asked)
