@@ -32,12 +32,12 @@ def main() -> int:
     """Returns 0 if every check passed."""
     # thousands of short processes would each compile the tests and the package again
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    # no name server is asked, as in tests/conftest.py; engines of notebooks inherit this
-    os.environ.setdefault("RES_OPTIONS", "attempts:0")
     # matplotlib's cache of fonts names files of one environment, which may be gone
     os.environ["MPLCONFIGDIR"] = str(ROOT / "build" / "matplotlib")
     print("== peers: what tests run against; those that it lacks are skipped", flush=True)
     subprocess.run([sys.executable, "tests/vllm_module.py"], cwd=ROOT, check=False)
+    # from here on, no name server is asked, as in tests/conftest.py; engines of notebooks inherit this
+    os.environ.setdefault("RES_OPTIONS", "attempts:0")
     results = []
     for name, command in CHECKS.items():
         print(f"== {name}: {' '.join(command[2:])}", flush=True)
