@@ -36,7 +36,7 @@ def main() -> int:
     os.environ["MPLCONFIGDIR"] = str(ROOT / "build" / "matplotlib")
     print("== peers: what tests run against; those that it lacks are skipped", flush=True)
     subprocess.run([sys.executable, "tests/vllm_module.py"], cwd=ROOT, check=False)
-    # from here on, no name server is asked, as in tests/conftest.py; engines of notebooks inherit this
+    # from here on, no name server is asked, as in tests/conftest.py; engines inherit this
     os.environ.setdefault("RES_OPTIONS", "attempts:0")
     results = []
     for name, command in CHECKS.items():
