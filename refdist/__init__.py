@@ -125,5 +125,5 @@ _PACKAGES = {
 
 
 def __dir__() -> list[str]:
-    """What help and tab completion show: no module of the implementation, though it is here."""
+    """The names that tab completion shows: no module of the implementation, though it is here."""
     return [*__all__, "__version__", *(_PACKAGES & globals().keys())]

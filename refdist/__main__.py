@@ -78,7 +78,7 @@ def make_parser() -> Parser:
 
 
 def look() -> dict[str, str]:
-    """What there is, each in a few words."""
+    """The facts about this machine and what is installed, each in a few words."""
     return {
         "versions": f"refdist {__version__}, Python {platform.python_version()}, {_torch()}",
         "store": _store(),

@@ -1,4 +1,4 @@
-"""What the command lines of refdist share: examples in the help, one line for a wrong argument."""
+"""The common part of all command lines: examples in the help, one line for a wrong argument."""
 
 import argparse
 import os

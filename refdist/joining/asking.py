@@ -1,4 +1,4 @@
-"""What a process that asks to be let in and rank 0 of the group write for each other.
+"""The asks of processes that want to be let into a group, and the answers of its rank 0.
 
 Each ask has a number. The process counts itself, and writes a random token, the address that it has
 reserved, and whether its torch has ``Store.barrier``. Rank 0 answers once: the answer is the plan
@@ -44,7 +44,7 @@ _MOST = 256  # asks that one call looks at: the count of them carries no tag, an
 
 
 class Ask(NamedTuple):
-    """What rank 0 knows of a process that asks: its number, its token, and its reserved address."""
+    """A process that asks, as rank 0 knows it: its number, its token, and its reserved address."""
 
     number: int
     token: str
@@ -237,7 +237,7 @@ def _seals(secret: bytes | None, purpose: str, *context: bytes) -> NoSeals:
 
 
 def _loaded(text: bytes) -> Any:
-    """What a JSON text says; None if it is none."""
+    """The value of a JSON text; None if it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

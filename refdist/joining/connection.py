@@ -34,7 +34,7 @@ def address_of(told: Any) -> Address | None:
 
 
 class Connection:
-    """What the groups of this process on one store share.
+    """The connection that the groups of this process on one store share.
 
     Attributes:
         client: of the store.

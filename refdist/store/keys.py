@@ -31,7 +31,7 @@ def told(rank: int) -> str:
 
 
 def part(place: str, generation: int, first: int) -> str:
-    """What the keys of a group that was split off begin with. They go when all have closed it.
+    """The prefix of the keys of a group that was split off. They go when all have closed it.
 
     Args:
         place: what those of the whole group begin with.
@@ -42,7 +42,7 @@ def part(place: str, generation: int, first: int) -> str:
 
 
 def meeting(place: str, era: int, number: int) -> str:
-    """What the keys begin with of the meeting before a group shrinks or grows.
+    """The prefix of the keys of a meeting, before a group shrinks or grows.
 
     They stay, except those of a part that has lost nobody.
 
@@ -55,7 +55,7 @@ def meeting(place: str, era: int, number: int) -> str:
 
 
 def era(place: str, number: int, attempt: str) -> str:
-    """What the keys of a group begin with that has shrunk or grown ``number`` times.
+    """The prefix of the keys of a group that has shrunk or grown ``number`` times.
 
     They stay as those of ``meeting`` do.
 
